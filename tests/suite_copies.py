@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import pickle
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from nextblock.tables import write_csv
 
 KINDS = ("t-shirt", "The_Mona_Lisa", "ant")
 
@@ -40,14 +41,6 @@ def write(path: Path, content: bytes | str | Iterable[str]) -> None:
 def write_pictures(folder: Path, labels: Mapping[str, int]) -> None:
     for name, label in labels.items():
         write(folder / name, encoded(label, zlib.crc32(name.encode())))
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
 
 
 def trust_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +139,7 @@ def iwildcam(root: Path) -> None:
     of_splits = {"train": (0, 1, 2), "val": (0, 1, 3), "test": (4, 0), "id_val": (0,), "id_test": (1,)}
     pairs = [(split, label) for split, labels in of_splits.items() for label in labels]
     rows = [{"split": split, "filename": f"{split}-{label}.jpg", "y": label} for split, label in pairs]
-    write_csv(root / "iwildcam_v2.0" / "metadata.csv", rows)
+    write(root / "iwildcam_v2.0" / "metadata.csv", write_csv(rows))
     write_pictures(root / "iwildcam_v2.0" / "train", {f"{s}-{label}.jpg": label for s, label in pairs})
 
 
@@ -159,7 +152,7 @@ def rxrx1(root: Path) -> None:
                 well = {"experiment": f"HEPG2-0{e}", "plate": 1, "well": f"B0{label}", "site": site}
                 rows.append({"dataset": split, **well, "cell_type": "HEPG2", "sirna_id": label})
                 names[f"HEPG2-0{e}/Plate1/B0{label}_s{site}.png"] = label
-    write_csv(root / "rxrx1_v1.0" / "metadata.csv", rows)
+    write(root / "rxrx1_v1.0" / "metadata.csv", write_csv(rows))
     write_pictures(root / "rxrx1_v1.0" / "images", names)
 
 

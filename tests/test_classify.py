@@ -145,12 +145,3 @@ def test_too_many_unreadable_images_and_models_without_a_head_are_refused(classi
     save_classifier(tmp_path / "probe" / "linear", classifier(), data=DATA)
     with pytest.raises(UsageError, match=r"give --model .*probe/linear$"):
         run("classify", data="toy-0", model=tmp_path / "probe")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"out": "x.txt"}, "a file that ends in .csv, .json or .parquet"), ({"top": 0}, "top")],
-)
-def test_settings_that_cannot_be_are_refused(classify, changes, message):
-    with pytest.raises(UsageError, match=message):
-        classify(**changes)

@@ -149,22 +149,20 @@ def test_the_score_of_a_classifier_is_read_again_and_another_one_is_refused(run,
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "message"),
+    ("names", "classes", "message"),
     [
-        (tuple("abxy"), {}, "does not know 2 classes of toy-1: c, d; name its classes"),
-        (None, {"classes": "two.txt"}, "has 2 names, the classifier 4 classes"),
-        (None, {"classes": "FILE"}, "classes: FILE is not a file"),
-        (None, {"methods": ("knn",), "shots": "3"}, "methods, shots needs train"),
-        (None, {"train": "toy-0", "classes": "FILE"}, "classes is for a classifier"),
+        (tuple("abxy"), None, "does not know 2 classes of toy-1: c, d; name its classes"),
+        (None, "two.txt", "has 2 names, the classifier 4 classes"),
+        (None, "FILE", "classes: FILE is not a file"),
     ],
 )
-def test_classes_and_settings_that_do_not_fit_a_classifier_are_refused(
-    run, tmp_path, monkeypatch, names, settings, message
+def test_classes_that_do_not_fit_a_classifier_are_refused(
+    run, tmp_path, monkeypatch, names, classes, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("a\nb\n")
     with pytest.raises(UsageError, match=message):
-        run("compare", model=(classifier(tmp_path / "c", names),), test="toy-1", **settings)
+        run("compare", model=(classifier(tmp_path / "c", names),), test="toy-1", classes=classes)
 
 
 def test_two_and_three_processes_find_what_one_does(run, tmp_path, capsys):

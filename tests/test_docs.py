@@ -107,14 +107,6 @@ def test_links_between_the_sources_work_where_they_are_read_as_files():
     assert not {(str(path), link) for path, link in links if not (path.parent / link).exists()}
 
 
-def test_no_page_names_a_script_a_style_or_a_picture_of_another_host(site, pages):
-    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", "".join(pages.values()))
-    assert len(tags) > 100
-    assert not [tag for tag in tags if re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag)]
-    styles = [path.read_text() for path in site.rglob("*.css")]
-    assert not [style for style in styles if re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style)]
-
-
 def test_every_command_setting_and_public_name_has_an_entry(site, pages):
     ids = set().union(*map(ids_of, pages.values()))
     assert not {f"nextblock-{verb.replace(' ', '-')}" for verb in VERBS} - ids

@@ -120,43 +120,19 @@ def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp
     assert {path.name for path in tmp_path.iterdir()} == {"features.npz", "model.safetensors", "whole.npz"}
 
 
-@pytest.mark.parametrize(
-    ("suffix", "content", "message"),
-    [
-        ("npz", b"", "cannot be read as features.*; choose another --out"),
-        ("npz", b"PK\x03\x04mine", "cannot be read as features.*; choose another --out"),
-        ("parquet", b"mine", "cannot be read as features.*; choose another --out"),
-        ("parquet", b"PAR1mine", "cannot be read as features.*; choose another --out"),
-        ("npz", None, "was not written by `nextblock embed`"),
-        ("parquet", None, "was not written by `nextblock embed`"),
-    ],
-)
-def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix, content, message):
-    out = tmp_path / f"features.{suffix}"
-    if content is not None:
-        out.write_bytes(content)
-    elif suffix == "npz":
-        np.savez(out, feature=np.ones(3))
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix):
+    out, other = tmp_path / f"features.{suffix}", io.BytesIO()
+    if suffix == "npz":
+        np.savez(other, feature=np.ones(3))
     else:
-        pyarrow.parquet.write_table(pyarrow.table({"feature": [1]}), out)
-    content = out.read_bytes()
-    with pytest.raises(UsageError, match=message):
-        embed(out=out)
-    assert out.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"out": "x.npy"}, "out is 'x.npy'; it must be a file that ends in .parquet or .npz"),
-        ({"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
-        ({"layers": "best"}, "layers is 'best'"),
-        ({"layers": "layer2"}, "the encoder has 2 layers"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(embed, changes, message):
-    with pytest.raises(UsageError, match=message):
-        embed(**changes)
+        pyarrow.parquet.write_table(pyarrow.table({"feature": [1]}), other)
+    unreadable = dict.fromkeys((b"", b"PK\x03\x04mine", b"PAR1mine"), "cannot be read as features")
+    for content, message in {**unreadable, other.getvalue(): "was not written by `nextblock embed`"}.items():
+        out.write_bytes(content)
+        with pytest.raises(UsageError, match=f"{message}.*; choose another --out"):
+            embed(out=out)
+        assert out.read_bytes() == content
 
 
 def test_the_command_says_what_the_file_holds(embed, tmp_path, capsys):

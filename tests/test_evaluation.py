@@ -15,8 +15,10 @@ from nextblock.errors import UsageError
 from nextblock.evaluate import fewshot
 from nextblock.evaluate.evaluation import Stopped
 from nextblock.evaluate.results import Result, differences, identity_of
-from nextblock.evaluate.settings import KnnSettings
+from nextblock.evaluate.settings import ClassifySettings, CompareSettings, EmbedSettings, KnnSettings
+from nextblock.evaluate.suite.settings import SuiteSettings
 from nextblock.models.next_block import NextBlockModel
+from nextblock.settings import from_dict
 from nextblock.tables import Column
 from toy import DATA, ToySource, toy_model
 
@@ -165,6 +167,29 @@ def test_settings_that_change_no_result_are_not_part_of_it():
 def test_of_another_version_only_that_is_said():
     old = {**identity(k=(3,)), "format_version": 1}
     assert differences(old, identity()) == ["written by another version of nextblock"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (EmbedSettings, {"out": "x.npy"}, "out is 'x.npy'; it must be a file that ends in .parquet or .npz"),
+        (EmbedSettings, {"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
+        (EmbedSettings, {"layers": "best"}, "layers is 'best'"),
+        (ClassifySettings, {"out": "x.txt"}, "a file that ends in .csv, .json or .parquet"),
+        (ClassifySettings, {"out": "x.csv", "top": 0}, "top"),
+        (CompareSettings, {"methods": ("knn",), "shots": "3"}, "methods, shots needs train"),
+        (CompareSettings, {"train": "toy-0", "classes": "FILE"}, "classes is for a classifier"),
+        (SuiteSettings, {"only": ("cifar",)}, "there is no benchmark 'cifar'; did you mean 'cifar10'"),
+        (SuiteSettings, {"root": "a,b"}, "a,b; use a path or a link without a comma"),
+        (SuiteSettings, {"lr": (0.0,)}, "numbers above 0"),
+        (SuiteSettings, {"layers": ("middle",)}, "layers"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind, changes, message):
+    required = {"model": "m", "data": "a", "test": "b", "root": "r", "out": "o.npz"}
+    usual = {name: value for name, value in required.items() if name in kind.__dataclass_fields__}
+    with pytest.raises(UsageError, match=message):
+        from_dict(kind, {**usual, **changes})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -63,15 +63,9 @@ ON_GPU = {"train.device": DEVICE}
 EXACT = {**ON_GPU, "train.deterministic": True}
 
 # Large enough for the kernels of real models: heads of 64, 60 tokens under the mask.
-REAL_HEADS = {
-    "model.image_size": 64,
-    "model.patch_size": 8,
-    "model.embed_dim": 128,
-    "model.num_heads": 2,
-    "model.predictor_dim": 64,
-    "model.predictor_heads": 1,
-    "data.val_resize_px": 64,
-}
+SIZES = {"image_size": 64, "patch_size": 8, "embed_dim": 128, "num_heads": 2, "predictor_dim": 64}
+REAL_HEADS = {f"model.{name}": value for name, value in {**SIZES, "predictor_heads": 1}.items()}
+REAL_HEADS["data.val_resize_px"] = 64
 
 
 def losses(run: Path) -> list[float]:
@@ -82,17 +76,11 @@ def losses(run: Path) -> list[float]:
 def test_bf16_training_lowers_the_loss(tmp_path, compiled):
     changes = {"train.precision": "bf16", "train.duration": "60st", "optim.lr": 3e-3}
     changes |= {**ON_GPU, **REAL_HEADS, "train.compile": compiled}
-    run_toy(tmp_path / "run", changes, sources={"train": LargeToy()})
+    source = ToySource(40)
+    source.images = source.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    run_toy(tmp_path / "run", changes, sources={"train": source})
     curve = losses(tmp_path / "run")
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
-
-
-class LargeToy(ToySource):
-    """The toy pictures, four times as large."""
-
-    def __init__(self) -> None:
-        super().__init__(40)
-        self.images = self.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 @needs_cuda
@@ -181,11 +169,7 @@ def run_world(world: int, *arguments: Any) -> None:
 
 @pytest.mark.parametrize(
     ("world", "strategy"),
-    [
-        (1, "fsdp"),
-        pytest.param(2, "ddp", marks=needs_two),
-        pytest.param(2, "fsdp", marks=needs_two),
-    ],
+    [(1, "fsdp"), *(pytest.param(2, strategy, marks=needs_two) for strategy in ("ddp", "fsdp"))],
 )
 def test_several_gpus_or_fsdp_are_the_plain_run_resume_bit_for_bit_and_load_into_a_plain_one(
     tmp_path, world, strategy
