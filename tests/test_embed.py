@@ -32,7 +32,7 @@ def embed(run, tmp_path):
     [
         ("parquet", {}, lambda norm, layers: norm(layers[1]).mean(1)),
         ("npz", {"norm": False}, lambda _, layers: layers[1].mean(1)),
-        ("npz", {"layers": "last2", "norm": False}, lambda _, layers: sum(layers).mean(1) / 2),
+        ("npz", {"layers": "last2", "norm": False}, lambda _, layers: (layers[0] + layers[1]).mean(1) / 2),
         ("parquet", {"layers": "layer0", "pool": "none"}, lambda norm, layers: norm(layers[0])),
         ("npz", {"layers": "each"}, lambda norm, layers: torch.stack([norm(x).mean(1) for x in layers], 1)),
         (

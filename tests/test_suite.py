@@ -40,7 +40,7 @@ THREE = ("cifar10", "dtd", "camelyon17")
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path, monkeypatch):
     copies.trust_cifar(monkeypatch)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
 
 
