@@ -16,6 +16,7 @@ from nextblock.data import eval_batches, normalize
 from nextblock.errors import UsageError
 from nextblock.evaluate.embed import read_embeddings
 from nextblock.evaluate.evaluation import Stopped
+from nextblock.evaluate.files import write_parquet
 from toy import DATA, ToySource, toy_model
 
 READABLE = [0, 1, 3, 4, 5, 6, 8, 9]
@@ -122,13 +123,19 @@ def test_one_that_was_stopped_resumes_and_leaves_nothing_but_its_file(embed, tmp
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
 def test_a_file_of_something_else_is_kept(embed, tmp_path, suffix):
-    out, other = tmp_path / f"features.{suffix}", io.BytesIO()
+    out = tmp_path / f"features.{suffix}"
+    files = dict.fromkeys((b"", b"PK\x03\x04mine", b"PAR1mine"), "cannot be read as features")
     if suffix == "npz":
-        np.savez(other, feature=np.ones(3))
+        np.savez(out, feature=np.ones(3))
+        others = [out.read_bytes()]
     else:
-        pyarrow.parquet.write_table(pyarrow.table({"feature": [1]}), other)
-    unreadable = dict.fromkeys((b"", b"PK\x03\x04mine", b"PAR1mine"), "cannot be read as features")
-    for content, message in {**unreadable, other.getvalue(): "was not written by `nextblock embed`"}.items():
+        table = pyarrow.table({"feature": [1]})
+        pyarrow.parquet.write_table(table, out)
+        others = [out.read_bytes()]
+        write_parquet(out, [table], {})  # as classify does
+        others.append(out.read_bytes())
+    files |= dict.fromkeys(others, "was not written by `nextblock embed`")
+    for content, message in files.items():
         out.write_bytes(content)
         with pytest.raises(UsageError, match=f"{message}.*; choose another --out"):
             embed(out=out)
