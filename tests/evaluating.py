@@ -1,6 +1,7 @@
 """What tests of evaluations share: a saved toy model, toy sources under their names, a table of features."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,13 +12,11 @@ from nextblock.data import open_source
 from nextblock.evaluate.features import encoder_extract
 from nextblock.evaluate.table import FeatureTable
 from nextblock.models.heads import FeatureConfig
-from nextblock.train.distributed import ALONE
 from toy import DATA, ToySource, toy_model
 
 CPU = torch.device("cpu")
 MEAN_PATCH = FeatureConfig(layers=(1,), norm_layers=True)
 EVERY_TOKEN = FeatureConfig(layers=(0,), norm_layers=True, pooled=False)
-OPENERS = ("splits", "evaluation")
 
 
 def toy_extract(*wanted):
@@ -25,18 +24,23 @@ def toy_extract(*wanted):
     return encoder_extract(toy_model(), wanted or [MEAN_PATCH])
 
 
-def toy_table(source, extract=None, *, directory=None, group=ALONE, data=DATA, batch_size=4, keys=({},)):
-    return FeatureTable(
-        extract or toy_extract(),
-        source,
-        data,
-        16,
-        batch_size=batch_size,
-        device=CPU,
-        group=group,
-        directory=directory,
-        keys=keys,
-    )
+def toy_table(source, extract=None, *, data=DATA, batch_size=4, keys=({},), **options):
+    extract = extract or toy_extract()
+    return FeatureTable(extract, source, data, 16, batch_size=batch_size, device=CPU, keys=keys, **options)
+
+
+class Signals(ToySource):
+    """Sends this process a signal when image `at` is read, once."""
+
+    def __init__(self, count, *, at, number=None, **options):
+        super().__init__(count, **options)
+        self.at, self.number = at, number
+
+    def _read(self, index):
+        if index == self.at and self.number is not None:
+            number, self.number = self.number, None
+            os.kill(os.getpid(), number)
+        return super()._read(index)
 
 
 class Verb:
@@ -46,8 +50,9 @@ class Verb:
         self.sources, self.usual = sources, usual
 
     def __call__(self, verb=None, **settings):
-        usual = {**self.usual, **settings}
-        return getattr(nextblock, verb or usual["verb"])(**{k: v for k, v in usual.items() if k != "verb"})
+        settings = {**self.usual, **settings}
+        usual = settings.pop("verb", None)
+        return getattr(nextblock, verb or usual)(**settings)
 
     def with_usual(self, **usual):
         return Verb(self.sources, **{**self.usual, **usual})
@@ -64,7 +69,7 @@ def toy_verb(tmp_path, monkeypatch):
         workers=0,
         max_bad_fraction=0.5,
     )
-    for module in OPENERS:
+    for module in ("splits", "evaluation"):
         monkeypatch.setattr(
             f"nextblock.evaluate.{module}.open_source",
             lambda spec, data: run.sources[spec] if spec in run.sources else open_source(spec, data),
@@ -74,8 +79,4 @@ def toy_verb(tmp_path, monkeypatch):
 
 def written(path):
     """A file of JSON, which must not hold NaN."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
+    return json.loads(path.read_text(), parse_constant=pytest.fail)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import io
 import json
 import pickle
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from nextblock.tables import write_csv
 
 KINDS = ("t-shirt", "The_Mona_Lisa", "ant")
 
@@ -40,14 +41,6 @@ def write(path: Path, content: bytes | str | Iterable[str]) -> None:
 def write_pictures(folder: Path, labels: Mapping[str, int]) -> None:
     for name, label in labels.items():
         write(folder / name, encoded(label, zlib.crc32(name.encode())))
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
 
 
 def trust_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +83,8 @@ def pets(root: Path) -> None:
 
 
 def pcam(root: Path) -> None:
-    h5py = importlib.import_module("h5py")
+    import h5py
+
     (root / "pcam").mkdir(parents=True)
     for split, count in (("train", 6), ("valid", 4)):
         labels = np.arange(count) % 2
@@ -101,42 +95,27 @@ def pcam(root: Path) -> None:
                 file[kind] = values
 
 
-def hub(root: Path, name: str, *splits: str, config: str | None = None) -> None:
+def hub(root: Path, name: str, splits: str, config: str | None = None) -> None:
     """A repository of parquet files, four classes, twice as many images in the first split."""
     import datasets
 
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"kind {n}" for n in range(4)])}
-    )
+    names = datasets.ClassLabel(names=[f"kind {n}" for n in range(4)])
+    features = datasets.Features({"image": datasets.Image(), "label": names})
     folder, inside = root / name, config or "data"
     (folder / inside).mkdir(parents=True)
-    for start, split in enumerate(splits):
+    for start, split in enumerate(splits.split()):
         labels = [label for label in range(4) for _ in range(2 if start == 0 else 1)]
         images = [{"bytes": encoded(label, 100 * start + i), "path": None} for i, label in enumerate(labels)]
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / inside / f"{split}-00000-of-00001-0c47fc6c1fd0d1.parquet")
-    files = [f"  - {{split: {split}, path: {inside}/{split}-*}}" for split in splits]
-    configs = [
-        f"- config_name: {config}",
-        "  data_files:",
-        *files,
-        "- config_name: other",
-        "  data_files:",
-        *files,
-    ]
-    write(folder / "README.md", ["---", *(["configs:", *configs] if config else ["license: unknown"]), "---"])
+    files = [f"  - {{split: {split}, path: {inside}/{split}-*}}" for split in splits.split()]
+    lines = [line for one in (config, "other") for line in (f"- config_name: {one}", "  data_files:", *files)]
+    write(folder / "README.md", ["---", *(["configs:", *lines] if config else ["license: unknown"]), "---"])
 
 
-def cars(root: Path) -> None:
-    hub(root, "stanford_cars", "train", "test", "contrast")
-
-
-def camelyon17(root: Path) -> None:
-    hub(root, "camelyon17", "id_train", "id_val", "ood_val")
-
-
-def fmow(root: Path) -> None:
-    hub(root, "fMoW", "train", "val", "test", config="WILDS")
+cars = partial(hub, name="stanford_cars", splits="train test contrast")
+camelyon17 = partial(hub, name="camelyon17", splits="id_train id_val ood_val")
+fmow = partial(hub, name="fMoW", splits="train val test", config="WILDS")
 
 
 def imagenet1k(root: Path) -> None:
@@ -149,10 +128,7 @@ def inat18(root: Path) -> None:
     for split, numbers in (("train", (0, 1)), ("val", (2,))):
         names = {f"train_val2018/Plantae/{label}/{n:032x}.jpg": label for label in range(3) for n in numbers}
         images = [{"id": 10 * i + len(split), "file_name": name} for i, name in enumerate(names)]
-        annotations = [
-            {"id": i, "image_id": image["id"], "category_id": names[image["file_name"]]}
-            for i, image in enumerate(images)
-        ]
+        annotations = [{"image_id": one["id"], "category_id": names[one["file_name"]]} for one in images]
         found = {"images": images, "annotations": annotations[::-1], "categories": []}
         write(root / "inat2018" / f"{split}2018.json", json.dumps(found))
         write_pictures(root / "inat2018", names)
@@ -161,12 +137,10 @@ def inat18(root: Path) -> None:
 def iwildcam(root: Path) -> None:
     """Five classes: the last is in neither train nor val; one of val is not in train."""
     of_splits = {"train": (0, 1, 2), "val": (0, 1, 3), "test": (4, 0), "id_val": (0,), "id_test": (1,)}
-    names = {
-        f"{split}-{label}.jpg": (split, label) for split, labels in of_splits.items() for label in labels
-    }
-    rows = [{"split": split, "filename": name, "y": label} for name, (split, label) in names.items()]
-    write_csv(root / "iwildcam_v2.0" / "metadata.csv", rows)
-    write_pictures(root / "iwildcam_v2.0" / "train", {name: label for name, (_, label) in names.items()})
+    pairs = [(split, label) for split, labels in of_splits.items() for label in labels]
+    rows = [{"split": split, "filename": f"{split}-{label}.jpg", "y": label} for split, label in pairs]
+    write(root / "iwildcam_v2.0" / "metadata.csv", write_csv(rows))
+    write_pictures(root / "iwildcam_v2.0" / "train", {f"{s}-{label}.jpg": label for s, label in pairs})
 
 
 def rxrx1(root: Path) -> None:
@@ -178,7 +152,7 @@ def rxrx1(root: Path) -> None:
                 well = {"experiment": f"HEPG2-0{e}", "plate": 1, "well": f"B0{label}", "site": site}
                 rows.append({"dataset": split, **well, "cell_type": "HEPG2", "sirna_id": label})
                 names[f"HEPG2-0{e}/Plate1/B0{label}_s{site}.png"] = label
-    write_csv(root / "rxrx1_v1.0" / "metadata.csv", rows)
+    write(root / "rxrx1_v1.0" / "metadata.csv", write_csv(rows))
     write_pictures(root / "rxrx1_v1.0" / "images", names)
 
 

@@ -28,6 +28,7 @@ from nextblock.settings import setting_types
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SOURCES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+PAGES = {path: path.read_text() for path in [*SOURCES, ROOT / "README.md"]}
 CHROMIUM = Path("/usr/bin/chromium")
 
 NOT_RUN = {
@@ -61,22 +62,14 @@ SMALL = [
 """What is made smaller before a command runs."""
 
 
-# -------------------------------------------------------------------------------------------------- the site
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The built pages; a warning or a request to a network would have failed the build."""
     out = tmp_path_factory.mktemp("site")
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     words = ["-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(out / "doctrees"), str(DOCS)]
-    done = subprocess.run(
-        [sys.executable, *words, str(out / "html")],
-        env=os.environ | nowhere,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, env = [sys.executable, *words, str(out / "html")], os.environ | nowhere
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out / "html"
 
@@ -86,8 +79,12 @@ def pages(site) -> dict[Path, str]:
     return {path: path.read_text() for path in site.rglob("*.html")}
 
 
+def ids_of(text: str) -> set[str]:
+    return set(re.findall(r'\sid="([^"]+)"', text))
+
+
 def test_every_link_inside_leads_somewhere(site, pages):
-    ids = {path: set(re.findall(r'\sid="([^"]+)"', text)) for path, text in pages.items()}
+    ids = {path: {*ids_of(text), "top", ""} for path, text in pages.items()}
     wrong = []
     for path, text in pages.items():
         for link in re.findall(r'\s(?:href|src)="([^"]*)"', text):
@@ -95,9 +92,7 @@ def test_every_link_inside_leads_somewhere(site, pages):
             if parts.scheme or parts.netloc:
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if not target.exists() or (
-                target in ids and parts.fragment and parts.fragment not in {*ids[target], "top"}
-            ):
+            if not target.exists() or (target in ids and parts.fragment not in ids[target]):
                 wrong.append(f"{path.relative_to(site)}: {link}")
     assert not wrong
 
@@ -105,23 +100,15 @@ def test_every_link_inside_leads_somewhere(site, pages):
 def test_links_between_the_sources_work_where_they_are_read_as_files():
     links = {
         (path, link)
-        for path in [*SOURCES, DOCS / "first_hour.ipynb"]
+        for path in [*PAGES, DOCS / "first_hour.ipynb"]
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text())
     }
     assert len(links) > 50
     assert not {(str(path), link) for path, link in links if not (path.parent / link).exists()}
 
 
-def test_no_page_names_a_script_a_style_or_a_picture_of_another_host(site, pages):
-    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", "".join(pages.values()))
-    assert len(tags) > 100
-    assert not [tag for tag in tags if re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag)]
-    styles = [path.read_text() for path in site.rglob("*.css")]
-    assert not [style for style in styles if re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style)]
-
-
 def test_every_command_setting_and_public_name_has_an_entry(site, pages):
-    ids = {one for text in pages.values() for one in re.findall(r'\sid="([^"]+)"', text)}
+    ids = set().union(*map(ids_of, pages.values()))
     assert not {f"nextblock-{verb.replace(' ', '-')}" for verb in VERBS} - ids
     assert not {f"confval-{setting.name}" for setting in setting_types(RunConfig)} - ids
     assert not {f"nextblock.{name}" for name in nextblock.__all__} - ids
@@ -138,13 +125,8 @@ def test_every_extra_is_described():
 
 def test_settings_that_the_pages_name_exist():
     known = {setting.name for setting in setting_types(RunConfig)}
-    named = {
-        name
-        for path in SOURCES
-        for name in re.findall(
-            r"`(?:--)?((?:model|data|optim|train|checkpoint|monitor)\.[a-z_]+)[ `]", path.read_text()
-        )
-    }
+    name = r"`(?:--)?((?:model|data|optim|train|checkpoint|monitor)\.[a-z_]+)[ `]"
+    named = set(re.findall(name, "".join(PAGES.values())))
     others = {"model.safetensors", "checkpoint.py", "optim.py", "data.py"}
     assert len(named) > 50
     assert not named - known - others
@@ -157,13 +139,10 @@ def opened(site):
         pytest.skip("no chromium here")
     from playwright.sync_api import sync_playwright
 
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):  # noqa: A002 - the base class's name
-            pass
-
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with (
-        ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server,
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
         sync_playwright() as playwright,
     ):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -205,32 +184,33 @@ def test_every_page_fits_a_telephone_and_a_wide_screen(opened, site, pages):
     assert not wrong
 
 
-# ------------------------------------------------------------------------------------------- what is typed
-
-
 def is_run(command: str) -> bool:
     return not any(re.search(pattern, command) for pattern in NOT_RUN)
 
 
-def of_nextblock(text: str) -> list[str]:
-    return [command for command in commands_of(text) if command.startswith("nextblock ")]
+COMMANDS = {path: commands_of(text) for path, text in PAGES.items()}
+ALL_COMMANDS = sorted({one for commands in COMMANDS.values() for one in commands})
+OURS = {
+    path: [one for one in commands if one.startswith("nextblock ")] for path, commands in COMMANDS.items()
+}
 
 
 def runnable() -> list[Any]:
     """The pages with commands; the test of the README runs much of what is slow here."""
-    names = [path for path in SOURCES if any(map(is_run, of_nextblock(path.read_text())))]
     quick = {"benchmarks", "planning", "several_gpus", "training", "use"}
-    slow = pytest.mark.slow
-    return [pytest.param(path, marks=() if path.stem in quick else slow, id=path.stem) for path in names]
+    paths = [path for path in SOURCES if any(map(is_run, OURS[path]))]
+    marks = {path: () if path.stem in quick else pytest.mark.slow for path in paths}
+    return [pytest.param(path, marks=marks[path], id=path.stem) for path in paths]
 
 
-WITH_PYTHON = [path for path in SOURCES if blocks_of(path.read_text(), "python")]
+def without_variables(command: str) -> list[str]:
+    return [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
 
 
 def test_commands_of_other_programs_are_those_that_are_listed():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for command in {one for path in SOURCES for one in commands_of(path.read_text())}:
-        words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    for command in ALL_COMMANDS:
+        words = without_variables(command)
         assert words[0] in {"nextblock", *OF_OTHERS}, command
         if words[0] == "make":
             assert words[1] in targets, command
@@ -240,29 +220,23 @@ def test_commands_of_other_programs_are_those_that_are_listed():
             parse(command[command.index("nextblock ") :])
 
 
-def test_every_command_is_understood_by_the_parser(capsys):
-    commands = sorted({one for path in SOURCES for one in of_nextblock(path.read_text())})
+def test_every_command_is_understood_by_the_parser_and_a_misspelt_flag_would_be_found(capsys):
+    commands = [one for one in ALL_COMMANDS if one.startswith("nextblock ")]
     assert len(commands) > 80
     for command in commands:
         parse(command)
-
-
-def test_the_quick_start_prints_what_the_readme_prints():
-    readme, quick_start = (path.read_text() for path in (ROOT / "README.md", DOCS / "quickstart.md"))
-    (printed,) = re.findall(r"```\n(top-1.*?)```", readme, flags=re.DOTALL)
-    assert blocks_of(quick_start, "text") == [printed]
-
-
-def test_a_misspelt_flag_on_a_page_would_be_found(capsys):
     with pytest.raises(AssertionError, match="modell"):
         parse("nextblock knn --modell RUN --train TRAIN")
 
 
 def test_every_reason_not_to_run_is_needed():
-    commands = [one for path in SOURCES for one in commands_of(path.read_text())]
-    assert not [pattern for pattern in NOT_RUN if not any(re.search(pattern, one) for one in commands)]
-    kinds = {re.sub(r"^([A-Z_]+=\S+ )+", "", one).split()[0] for one in commands}
-    assert not set(OF_OTHERS) - kinds
+    assert not [one for one in NOT_RUN if not any(re.search(one, command) for command in ALL_COMMANDS)]
+    assert not set(OF_OTHERS) - {without_variables(one)[0] for one in ALL_COMMANDS}
+
+
+def test_the_quick_start_prints_what_the_readme_prints():
+    (printed,) = re.findall(r"```\n(top-1.*?)```", PAGES[ROOT / "README.md"], flags=re.DOTALL)
+    assert blocks_of(PAGES[DOCS / "quickstart.md"], "text") == [printed]
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +260,15 @@ def places(trained, tmp_path, monkeypatch, coarse_pictures) -> None:
 
 @pytest.mark.parametrize("path", runnable())
 def test_the_commands_of_a_page_run_in_their_order(path, places, capsys):
-    for command in filter(is_run, of_nextblock(path.read_text())):
+    for command in filter(is_run, OURS[path]):
         run_shortened(command, SMALL)
+
+
+WITH_PYTHON = {path: code for path, text in PAGES.items() if (code := blocks_of(text, "python"))}
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.stem)
 def test_the_snippets_of_a_page_run_in_their_order(path, places, capsys):
     names: dict[str, object] = {}
-    for code in blocks_of(path.read_text(), "python"):
+    for code in WITH_PYTHON[path]:
         exec(code, names)

@@ -7,45 +7,46 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 
-from evaluating import toy_verb, written  # noqa: F401 - a fixture
+from evaluating import Signals, toy_verb, written  # noqa: F401 - a fixture
 from nextblock.atomic import InUseError, exclusive
-from nextblock.checkpoint import save_model
 from nextblock.cli import main
 from nextblock.errors import UsageError
 from nextblock.evaluate import fewshot
 from nextblock.evaluate.evaluation import Stopped
 from nextblock.evaluate.results import Result, differences, identity_of
-from nextblock.evaluate.settings import KnnSettings
-from nextblock.evaluate.table import NonFiniteFeaturesError
+from nextblock.evaluate.settings import ClassifySettings, CompareSettings, EmbedSettings, KnnSettings
+from nextblock.evaluate.suite.settings import SuiteSettings
 from nextblock.models.next_block import NextBlockModel
+from nextblock.settings import from_dict
 from nextblock.tables import Column
-from toy import DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
+from toy import DATA, ToySource, toy_model
 
 
 @pytest.fixture
-def knn(run, tmp_path):
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def knn(run, out):
     """kNN of toy sources into a directory, quickly."""
-    return run.with_usual(verb="knn", train="toy-0", k=(1,), baselines=False, out=str(tmp_path / "out"))
+    return run.with_usual(verb="knn", train="toy-0", k=(1,), baselines=False, out=out)
 
 
-# ------------------------------------------------------------------------------------------------- results
-
-
-def test_the_same_command_reads_its_result(knn, tmp_path):
+def test_the_same_command_reads_its_result(knn, out):
     found = knn()
     before = knn.sources["toy-0"].reads
     again = knn(encode_batch_size=7, workers=1)
     assert knn.sources["toy-0"].reads == before
     assert (again.rows, again.notes, again.facts) == (found.rows, found.notes, found.facts)
     assert again.table.cells() == found.table.cells()
-    values = written(tmp_path / "out" / "knn.json")
+    values = written(out / "knn.json")
     assert values["rows"] == list(found.rows)
     assert values["settings"]["k"] == [1]
-    assert (tmp_path / "out" / "knn.md").read_text().startswith("# knn of ")
-    assert (tmp_path / "out" / "knn.csv").read_text().startswith("encoder,k,temperature,top1,top1_se,")
-    assert not (tmp_path / "out" / "features").exists()
+    assert (out / "knn.md").read_text().startswith("# knn of ")
+    assert (out / "knn.csv").read_text().startswith("encoder,k,temperature,top1,top1_se,")
+    assert not (out / "features").exists()
 
 
 @pytest.mark.parametrize(
@@ -56,19 +57,12 @@ def test_the_same_command_reads_its_result(knn, tmp_path):
         ({"train": "toy-1"}, "sources.train.fingerprint"),
     ],
 )
-def test_another_one_is_refused_by_name_unless_it_is_to_overwrite(knn, changes, name, tmp_path):
+def test_another_one_is_refused_by_name_unless_it_is_to_overwrite(knn, changes, name, out):
     knn()
     with pytest.raises(UsageError, match=f"holds another result .*({name}).*; choose another --out"):
         knn(**changes)
     found = knn(**changes, overwrite=True)
-    assert written(tmp_path / "out" / "knn.json")["rows"] == list(found.rows)
-
-
-def test_other_weights_in_the_same_place_are_another_result(knn, tmp_path):
-    knn()
-    save_model(tmp_path / "model.safetensors", toy_model(1), data=DATA)
-    with pytest.raises(UsageError, match="weights"):
-        knn()
+    assert written(out / "knn.json")["rows"] == list(found.rows)
 
 
 def test_a_model_and_images_that_have_moved_are_the_same(knn, tmp_path):
@@ -76,42 +70,42 @@ def test_a_model_and_images_that_have_moved_are_the_same(knn, tmp_path):
     shutil.move(tmp_path / "model.safetensors", tmp_path / "moved.safetensors")
     knn.sources["elsewhere"] = knn.sources.pop("toy-0")
     before = knn.sources["elsewhere"].reads
-    knn(model=str(tmp_path / "moved.safetensors"), train="elsewhere")
+    knn(model=tmp_path / "moved.safetensors", train="elsewhere")
     assert knn.sources["elsewhere"].reads == before
 
 
-def test_a_directory_of_other_files_or_of_a_training_run_is_refused(knn, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
+def test_a_directory_of_other_files_or_of_a_training_run_is_refused(knn, out, tmp_path):
+    out.mkdir()
+    (out / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"holds other files \(thesis.tex\); choose another --out"):
         knn(overwrite=True)
     (tmp_path / "run").mkdir()
     for name in (".nextblock", "config.yaml", "quarantine.jsonl"):
         (tmp_path / "run" / name).touch()
     with pytest.raises(UsageError, match=r"is a training run; choose another --out, such as .*run/knn"):
-        knn(out=str(tmp_path / "run"))
+        knn(out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"rows": []}'])
-def test_a_damaged_result_is_named_and_can_be_overwritten(knn, tmp_path, content):
-    knn()
-    (tmp_path / "out" / "knn.json").write_text(content)
-    with pytest.raises(UsageError, match=r"knn.json is damaged|holds another result"):
-        knn()
-    assert knn(overwrite=True).rows == tuple(written(tmp_path / "out" / "knn.json")["rows"])
+def test_a_damaged_result_is_named_and_can_be_overwritten(knn, out):
+    found = knn()
+    for content in ("", "{", "[]", "{}", '{"rows": []}'):
+        (out / "knn.json").write_text(content)
+        with pytest.raises(UsageError, match=r"knn.json is damaged|holds another result"):
+            knn()
+    assert knn(overwrite=True).rows == tuple(written(out / "knn.json")["rows"]) == found.rows
 
 
-def test_a_second_process_into_one_directory_is_refused_at_once(knn, tmp_path):
-    with exclusive(tmp_path / "out"), pytest.raises(InUseError, match=f"process {os.getpid()} on"):
+def test_a_second_process_into_one_directory_is_refused_at_once(knn, out):
+    with exclusive(out), pytest.raises(InUseError, match=f"process {os.getpid()} on"):
         knn()
     knn()
 
 
 def test_features_in_a_cache_serve_the_next_command(knn, tmp_path):
-    cache = {"cache": str(tmp_path / "cache")}
-    first = knn(out=None, **cache)
+    cache = {"cache": tmp_path / "cache", "out": None}
+    first = knn(**cache)
     before = knn.sources["toy-0"].reads
-    assert knn(out=None, k=(1, 3), **cache).rows[0] == first.rows[0]
+    assert knn(**cache, k=(1, 3)).rows[0] == first.rows[0]
     assert knn.sources["toy-0"].reads == before
 
 
@@ -126,16 +120,12 @@ def test_a_result_finds_its_rows_and_is_json_and_markdown():
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["rows"][0]["loss"] is None
 
 
-@pytest.mark.parametrize(("num_classes", "head"), [(5, ["top1"]), (6, ["top1", "top5"])])
-def test_top_5_is_shown_of_more_than_five_classes(num_classes, head):
+def test_top_5_is_shown_of_more_than_five_classes():
     columns = [Column("top1", "top1"), Column("top5", "top5")]
-    rows = ({"top1": 0.5, "top5": 1.0},)
-    assert (
-        Result(verb="knn", rows=rows, facts={"num_classes": num_classes}, columns=columns).table.head == head
-    )
-
-
-# -------------------------------------------------------------------------------- what a result is made of
+    for num_classes, head in ((5, ["top1"]), (6, ["top1", "top5"])):
+        facts = {"num_classes": num_classes}
+        result = Result(verb="knn", rows=({"top1": 0.5, "top5": 1.0},), facts=facts, columns=columns)
+        assert result.table.head == head
 
 
 def identity(source=None, data=DATA, encoder=None, **changes):
@@ -179,42 +169,46 @@ def test_of_another_version_only_that_is_said():
     assert differences(old, identity()) == ["written by another version of nextblock"]
 
 
-# --------------------------------------------------------------------------------------------------- stops
-
-
-class Signals(ToySource):
-    """Sends this process a signal when image 20 is read first."""
-
-    number: signal.Signals | None = None
-
-    def _read(self, index):
-        if index == 20 and self.number is not None:
-            number, self.number = self.number, None
-            os.kill(os.getpid(), number)
-        return super()._read(index)
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (EmbedSettings, {"out": "x.npy"}, "out is 'x.npy'; it must be a file that ends in .parquet or .npz"),
+        (EmbedSettings, {"tokens": "class", "pool": "none"}, "pool none needs tokens patches or all"),
+        (EmbedSettings, {"layers": "best"}, "layers is 'best'"),
+        (ClassifySettings, {"out": "x.txt"}, "a file that ends in .csv, .json or .parquet"),
+        (ClassifySettings, {"out": "x.csv", "top": 0}, "top"),
+        (CompareSettings, {"methods": ("knn",), "shots": "3"}, "methods, shots needs train"),
+        (CompareSettings, {"train": "toy-0", "classes": "FILE"}, "classes is for a classifier"),
+        (SuiteSettings, {"only": ("cifar",)}, "there is no benchmark 'cifar'; did you mean 'cifar10'"),
+        (SuiteSettings, {"root": "a,b"}, "a,b; use a path or a link without a comma"),
+        (SuiteSettings, {"lr": (0.0,)}, "numbers above 0"),
+        (SuiteSettings, {"layers": ("middle",)}, "layers"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind, changes, message):
+    required = {"model": "m", "data": "a", "test": "b", "root": "r", "out": "o.npz"}
+    usual = {name: value for name, value in required.items() if name in kind.__dataclass_fields__}
+    with pytest.raises(UsageError, match=message):
+        from_dict(kind, {**usual, **changes})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_in_order_and_the_same_command_resumes(run, tmp_path, capsys, number):
-    run.sources["toy-0"] = source = Signals(48)
-    words = ["knn", "--model", str(tmp_path / "model.safetensors"), "--train", "toy-0", "--k", "1"]
-    words += ["--baselines", "false", "--device", "cpu", "--workers", "0", "--encode_batch_size", "8"]
-    words += ["--out", str(tmp_path / "out"), "--debug"]
-    source.number = number
+def test_a_signal_stops_in_order_and_the_same_command_resumes(run, out, capsys, number):
+    run.sources["toy-0"] = source = Signals(48, at=20, number=number)
+    words = "--train toy-0 --k 1 --baselines false --device cpu --workers 0 --encode_batch_size 8 --debug"
+    words = ["knn", "--model", run.usual["model"], "--out", str(out), *words.split()]
     assert main(words) == 128 + number
     assert f"stopped by {number.name}; the same command resumes" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "knn.json").exists()
+    assert not (out / "knn.json").exists()
     stopped_at = source.reads
     assert main(words) == 0
     assert 24 <= source.reads - stopped_at < 48
-    found = written(tmp_path / "out" / "knn.json")
     whole = run("knn", train="toy-0", k=(1,), baselines=False)
-    assert found["rows"] == list(whole.rows)
+    assert written(out / "knn.json")["rows"] == list(whole.rows)
 
 
 def test_without_a_directory_it_is_said_that_nothing_is_kept(knn):
-    knn.sources["toy-0"] = source = Signals(48)
-    source.number = signal.SIGTERM
+    knn.sources["toy-0"] = Signals(48, at=20, number=signal.SIGTERM)
     with pytest.raises(Stopped, match="nothing was saved; give --out to be able to resume") as caught:
         knn(out=None, encode_batch_size=8)
     assert caught.value.signal == signal.SIGTERM
@@ -231,35 +225,16 @@ def test_a_stop_between_two_regressions_is_seen(run, monkeypatch):
         run("fewshot", train="toy-0", test="toy-1", shots=("1",), draws=3, baselines=False)
 
 
-# ------------------------------------------------------------------------------------------ unreadable images
-
-
-def test_unreadable_images_are_named_counted_and_listed(knn, tmp_path, caplog):
+def test_unreadable_images_are_named_counted_and_listed(knn, out, caplog):
     knn.sources["toy-0"] = ToySource(48, bad={0, 5, 9, 13})
     found = knn(test="toy-1")
     assert found.facts["bad_images"] == {"train": 4, "test": 0}
     (warning,) = [message for message in caplog.messages if "unreadable" in message]
-    assert warning == (
-        "4 images of toy-0 (train) skipped, unreadable: toy-0[0]: truncated; toy-0[5]: truncated; "
-        "toy-0[9]: truncated; …"
-    )
-    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(lines[1]) == {
-        "source": "train",
-        "sample": 5,
-        "name": "toy-0[5]",
-        "reason": "truncated",
-    }
+    three = "; ".join(f"toy-0[{index}]: truncated" for index in (0, 5, 9))
+    assert warning == f"4 images of toy-0 (train) skipped, unreadable: {three}; …"
+    lines = list(map(json.loads, (out / "quarantine.jsonl").read_text().splitlines()))
+    assert lines[1] == {"source": "train", "sample": 5, "name": "toy-0[5]", "reason": "truncated"}
     assert len(lines) == 4
     knn.sources["toy-0"] = ToySource(40)
     knn(test="toy-1", overwrite=True)
-    assert not (tmp_path / "out" / "quarantine.jsonl").exists()
-
-
-def test_a_diverged_model_is_a_failure_that_says_so(knn, tmp_path):
-    model = toy_model()
-    with torch.no_grad():
-        model.encoder.patch_embed.proj.weight.mul_(1e30)
-    save_model(tmp_path / "model.safetensors", model, data=DATA)
-    with pytest.raises(NonFiniteFeaturesError, match="feature vectors contain NaN or inf"):
-        knn()
+    assert not (out / "quarantine.jsonl").exists()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,17 +30,19 @@ UNWANTED = set("lightning pytorch_lightning pl_bolts torchdata hydra omegaconf c
 
 HEAVY = {"torch", "torchvision", "torchcodec", "timm", "sklearn", "matplotlib", "tensorboard"}
 
-MAX_FILE_LINES = 500
-
-
-def source_files() -> list[Path]:
-    return sorted(SRC.rglob("*.py"))
-
 
 def module_name(path: Path) -> str:
     """src/nextblock/data/loader.py -> data.loader; a package's __init__.py -> the package."""
-    parts = path.relative_to(SRC).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+FILES = {module_name(path): path for path in sorted(SRC.rglob("*.py"))}
+TEXTS = {name: path.read_text("utf-8") for name, path in FILES.items()}
+
+
+def imports_of(name: str) -> list[tuple[int, str]]:
+    package = ".".join(["nextblock", *FILES[name].relative_to(SRC).parts[:-1]])
+    return list(imported_modules(ast.parse(TEXTS[name]), package))
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
@@ -65,98 +66,24 @@ def entry_of(name: str) -> str | None:
     return next((prefix for prefix in prefixes if prefix in ORDER), None)
 
 
-def imports_against_the_order(tree: ast.AST, name: str, package: str) -> list[str]:
-    """Imports that module `name` (without "nextblock.") must not make, as "line: what"."""
+def against_the_order(imports: Iterable[tuple[int, str]], name: str) -> list[str]:
+    """Imports that module `name` (without "nextblock.") must not make, as "module:line: what"."""
     here = entry_of(name)
     assert here is not None, f"give {name} a place in ORDER"
     wrong = []
-    for line, target in imported_modules(tree, package):
+    for line, target in imports:
         root, _, rest = target.partition(".")
         there = entry_of(rest)
         if root != "nextblock" or there == here or rest == "__version__":
             continue
         if there is None or ORDER.index(there) > ORDER.index(here):
-            wrong.append(f"{line}: {target}")
+            wrong.append(f"{name}:{line}: {target}")
     return wrong
 
 
-def heavy_modules_after(code: str) -> set[str]:
-    """Which of the heavy packages a fresh interpreter has loaded after running `code`."""
-    report = f"import json, sys; print(json.dumps(sorted({HEAVY} & sys.modules.keys())), file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"{code}\n{report}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1]))
-
-
-# ------------------------------------------------------------------------------------------- the source tree
-
-
 def test_imports_go_up_the_order_only() -> None:
-    wrong = []
-    for path in source_files():
-        name = module_name(path)
-        if name == "":  # the package's own __init__ is lazy and names everything
-            continue
-        package = ".".join(["nextblock", *path.relative_to(SRC).parts[:-1]])
-        found = imports_against_the_order(ast.parse(path.read_text("utf-8")), name, package)
-        wrong += [f"{path.relative_to(SRC)}:{entry}" for entry in found]
-    assert not wrong, "imports that go down the list:\n" + "\n".join(wrong)
-
-
-def test_no_files_import_each_other_in_a_circle() -> None:
-    """Not even within functions."""
-    files = {module_name(path): path for path in source_files()}
-    imports: dict[str, set[str]] = {}
-    for name, path in files.items():
-        if name:
-            package = ".".join(["nextblock", *path.relative_to(SRC).parts[:-1]])
-            found = (t for _, t in imported_modules(ast.parse(path.read_text("utf-8")), package))
-            inner = {t.removeprefix("nextblock.") for t in found if t.startswith("nextblock.")}
-            inner = {target if target in files else target.rpartition(".")[0] for target in inner}
-            imports[name] = inner & files.keys() - {name, ""}
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
-
-
-def test_no_file_is_longer_than_500_lines() -> None:
-    lengths = {
-        str(path.relative_to(SRC)): len(path.read_text("utf-8").splitlines()) for path in source_files()
-    }
-    assert not {name: n for name, n in lengths.items() if n > MAX_FILE_LINES}
-
-
-def test_there_is_no_star_import_and_no_unwanted_package() -> None:
-    found = [
-        f"{path.relative_to(SRC)}:{line}: {target}"
-        for path in source_files()
-        for line, target in imported_modules(ast.parse(path.read_text("utf-8")), "nextblock")
-        if target.endswith(".*") or target.partition(".")[0] in UNWANTED
-    ]
-    assert not found, "\n".join(found)
-
-
-# ------------------------------------------------------------------------------ the public names, their cost
-
-
-def test_every_public_name_resolves() -> None:
-    assert len(set(nextblock.__all__)) == len(nextblock.__all__) > 0
-    for name in nextblock.__all__:
-        getattr(nextblock, name)
-
-
-def test_importing_nextblock_loads_nothing_heavy() -> None:
-    assert heavy_modules_after("import nextblock") == set()
-
-
-def test_help_loads_nothing_heavy() -> None:
-    assert heavy_modules_after("from nextblock.cli import main; assert main(['--help']) == 0") == set()
-
-
-# ------------------------------------------------------------------------ the checks find what they look for
+    # The package's own __init__ is lazy and names everything.
+    assert not [entry for name in FILES if name for entry in against_the_order(imports_of(name), name)]
 
 
 @pytest.mark.parametrize(
@@ -175,8 +102,42 @@ def test_help_loads_nothing_heavy() -> None:
     ],
 )
 def test_an_import_against_the_order_is_found(statement, name, package, is_wrong) -> None:
-    assert len(imports_against_the_order(ast.parse(statement), name, package)) == is_wrong
+    assert len(against_the_order(imported_modules(ast.parse(statement), package), name)) == is_wrong
 
 
-def test_a_missing_package_is_named_itself_as_no_index_has_the_extras():
-    assert not [path.name for path in source_files() if "nextblock[" in path.read_text(encoding="utf-8")]
+def test_no_files_import_each_other_in_a_circle_not_even_within_functions() -> None:
+    imports: dict[str, set[str]] = {}
+    for name in FILES.keys() - {""}:
+        inner = {t.removeprefix("nextblock.") for _, t in imports_of(name) if t.startswith("nextblock.")}
+        inner = {target if target in FILES else target.rpartition(".")[0] for target in inner}
+        imports[name] = inner & FILES.keys() - {name, ""}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    assert not {name: n for name, text in TEXTS.items() if (n := len(text.splitlines())) > 500}
+
+
+def test_there_is_no_star_import_and_no_unwanted_package() -> None:
+    found = [(name, *one) for name in FILES for one in imports_of(name)]
+    assert not [one for one in found if one[2].endswith(".*") or one[2].partition(".")[0] in UNWANTED]
+
+
+def test_a_missing_package_is_named_itself_as_no_index_has_the_extras() -> None:
+    assert not [name for name, text in TEXTS.items() if "nextblock[" in text]
+
+
+def test_every_public_name_resolves() -> None:
+    assert len(set(nextblock.__all__)) == len(nextblock.__all__) > 0
+    for name in nextblock.__all__:
+        getattr(nextblock, name)
+
+
+@pytest.mark.parametrize(
+    "code", ["import nextblock", "from nextblock.cli import main; assert main(['--help']) == 0"]
+)
+def test_importing_nextblock_and_help_load_nothing_heavy(code) -> None:
+    code += f"; import sys; assert not {HEAVY} & sys.modules.keys()"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -64,10 +64,8 @@ def test_the_first_hour_runs_and_shows_pictures_and_accuracies(tmp_path, monkeyp
         assert main(["data", "sample", f"digits:split={split}", f"{split}.txt", "--count", str(count)]) == 0
     text = NOTEBOOK.read_text().replace("6ep", "3st").replace("digits:split=train", "subset:train.txt")
     notebook = nbformat.reads(text.replace("digits:split=test", "subset:test.txt"), as_version=4)
-    client = NotebookClient(
-        notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, startup_timeout=300, resources=where).execute()
     shown = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     _, order, trained, predictions, features, table, accuracies = shown
 

@@ -2,22 +2,11 @@
 
 import csv
 import io
-import json
 
 import pytest
 
 from nextblock.logs import counted, label_words
-from nextblock.tables import (
-    Column,
-    Table,
-    end_of,
-    finite,
-    lead,
-    number,
-    safe_cell,
-    share,
-    write_csv,
-)
+from nextblock.tables import Column, Table, end_of, finite, lead, number, safe_cell, share, write_csv
 
 COLUMNS = (
     Column("name", "features"),
@@ -38,9 +27,9 @@ def test_a_column_without_any_text_is_left_out():
     assert table.cells() == [["model", "50.0 ± 1.2", "", "20"], ["pixels", "25.0", "+25.0 ± 4.0", ""]]
 
 
-@pytest.mark.parametrize(("top1", "shown"), [(1.0, "100.0"), (0.0, "0.0"), (0.999, "99.9 ± 1.0")])
-def test_all_or_none_right_has_no_error_beside_it(top1, shown):
-    assert Table([{"top1": top1, "top1_se": 0.01}], COLUMNS).cells() == [[shown]]
+def test_all_or_none_right_has_no_error_beside_it():
+    rows = [{"top1": top1, "top1_se": 0.01} for top1 in (1.0, 0.0, 0.999)]
+    assert Table(rows, COLUMNS).cells() == [["100.0"], ["0.0"], ["99.9 ± 1.0"]]
 
 
 def test_markdown_cells_stand_for_themselves():
@@ -71,21 +60,13 @@ def test_numbers_are_not_quoted_and_missing_values_are_empty():
 
 def test_nan_and_infinity_become_null():
     values = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (-float("inf"), "x", 2)}}
-    assert json.loads(json.dumps(finite(values), allow_nan=False)) == {
-        "a": None,
-        "b": [1.5, None],
-        "c": {"d": [None, "x", 2]},
-    }
+    assert finite(values) == {"a": None, "b": [1.5, None], "c": {"d": [None, "x", 2]}}
 
 
 def test_counts_and_ends():
-    assert [counted(1, "class", "classes"), counted(2, "class", "classes"), counted(12345, "image")] == [
-        "1 class",
-        "2 classes",
-        "12,345 images",
-    ]
+    counts = counted(1, "class", "classes"), counted(2, "class", "classes"), counted(12345, "image")
+    assert counts == ("1 class", "2 classes", "12,345 images")
+    assert (counted(1.0, "epoch"), counted(2.5, "epoch")) == ("1 epoch", "2.5 epochs")
     words = ["1 label a class", "5 labels a class", "1% of the labels"]
     assert [label_words(shots) for shots in ("1", "5", "1%")] == words
-    assert [counted(1.0, "epoch"), counted(2.5, "epoch")] == ["1 epoch", "2.5 epochs"]
-    assert end_of("abcdef", 6) == "abcdef"
-    assert end_of("abcdef", 4) == "…def"
+    assert (end_of("abcdef", 6), end_of("abcdef", 4)) == ("abcdef", "…def")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nextblock.data import Source, TrainLoader
 from nextblock.launch import find_world
 from nextblock.models import NextBlockModel
+from nextblock.plan import memory
 from nextblock.train import train
 from nextblock.train.distributed import find_device, process_group
 from nextblock.train.runtime import autocast, choose_device, is_native
@@ -54,49 +56,31 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not HAS_CUDA, reason="needs a CUDA GPU"),
     pytest.mark.filterwarnings("default"),  # such as that TF32 is off
 ]
+needs_two = pytest.mark.skipif(DEVICE == "cuda" and GPUS < 2, reason="needs two CUDA GPUs")
 needs_cuda = pytest.mark.skipif(not HAS_CUDA or DEVICE != "cuda", reason="needs a CUDA GPU")
 
 ON_GPU = {"train.device": DEVICE}
 EXACT = {**ON_GPU, "train.deterministic": True}
 
 # Large enough for the kernels of real models: heads of 64, 60 tokens under the mask.
-REAL_HEADS = {
-    "model.image_size": 64,
-    "model.patch_size": 8,
-    "model.embed_dim": 128,
-    "model.num_heads": 2,
-    "model.predictor_dim": 64,
-    "model.predictor_heads": 1,
-    "data.val_resize_px": 64,
-}
+SIZES = {"image_size": 64, "patch_size": 8, "embed_dim": 128, "num_heads": 2, "predictor_dim": 64}
+REAL_HEADS = {f"model.{name}": value for name, value in {**SIZES, "predictor_heads": 1}.items()}
+REAL_HEADS["data.val_resize_px"] = 64
 
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run)]
 
 
-# ------------------------------------------------------------------------------------------------ precision
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_cuda)])
 def test_bf16_training_lowers_the_loss(tmp_path, compiled):
-    changes = {
-        "train.precision": "bf16",
-        "train.duration": "60st",
-        "optim.lr": 3e-3,
-        "train.compile": compiled,
-    }
-    run_toy(tmp_path / "run", {**ON_GPU, **REAL_HEADS, **changes}, sources={"train": LargeToy()})
+    changes = {"train.precision": "bf16", "train.duration": "60st", "optim.lr": 3e-3}
+    changes |= {**ON_GPU, **REAL_HEADS, "train.compile": compiled}
+    source = ToySource(40)
+    source.images = source.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    run_toy(tmp_path / "run", changes, sources={"train": source})
     curve = losses(tmp_path / "run")
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
-
-
-class LargeToy(ToySource):
-    """The toy pictures, four times as large."""
-
-    def __init__(self) -> None:
-        super().__init__(40)
-        self.images = self.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 @needs_cuda
@@ -123,19 +107,16 @@ def test_fused_attention_under_the_block_mask_is_that_of_fp32_on_a_cpu(precision
     theirs = copy.deepcopy(model).to(DEVICE)
     # Without the kernel that writes out all scores: an error if no fused one takes the mask.
     fused = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    backends = fused if DEVICE == "cuda" else [SDPBackend.MATH]
     reference = model(images)
     reference.loss.backward()
-    with sdpa_kernel(backends):
+    with sdpa_kernel(fused if DEVICE == "cuda" else [SDPBackend.MATH]):
         with autocast(torch.device(DEVICE), precision):
             found = theirs(images.to(DEVICE))
         found.loss.backward()
     assert relative(found.predictions, reference.predictions) < tolerance
     for layer in (0, len(model.encoder.blocks) - 1):
         name = f"encoder.blocks.{layer}.attn.qkv.weight"
-        mine, its = (one.get_parameter(name).grad for one in (model, theirs))
-        assert mine is not None
-        assert its is not None
+        its, mine = (one.get_parameter(name).grad for one in (theirs, model))
         assert relative(its, mine) < 3 * tolerance
 
 
@@ -148,7 +129,9 @@ def test_a_prefix_of_each_image_gives_the_masked_attention_of_a_cpu():
     assert relative(found.predictions, reference.predictions) < 1e-4
 
 
-def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(found: torch.Tensor | None, reference: torch.Tensor | None) -> float:
+    assert found is not None
+    assert reference is not None
     return ((found.cpu().float() - reference).norm() / reference.norm()).item()
 
 
@@ -159,9 +142,6 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------- resume
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=needs_cuda)])
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, precision):
     changes = {**EXACT, **ALL_RANDOM, "train.precision": precision}
@@ -170,9 +150,6 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, precision):
     assert not (tmp_path / "stopped" / "checkpoints" / "step_00000007").exists()
     run_toy(tmp_path / "stopped", changes)
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-
-
-# -------------------------------------------------------------------------------------------------- several
 
 
 def train_rank(out: Path, changes: dict[str, Any], stop: int | None = None) -> int:
@@ -190,34 +167,24 @@ def run_world(world: int, *arguments: Any) -> None:
     assert not any(isinstance(result, RankFailed) or result < 0 for result in results), results
 
 
-def test_fsdp_on_one_gpu_is_the_plain_run_resumes_bit_for_bit_and_loads_into_a_plain_one(tmp_path):
-    run_toy(tmp_path / "plain", EXACT)
-    sharded = {**EXACT, "train.strategy": "fsdp"}
-    run_world(1, tmp_path / "whole", sharded)
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    run_world(1, tmp_path / "stopped", sharded, 3)
-    run_world(1, tmp_path / "stopped", sharded)
-    assert same(weights(tmp_path / "stopped", 7), weights(tmp_path / "whole", 7))
-    assert loss_lines(tmp_path / "stopped") == loss_lines(tmp_path / "whole")
-
-    run_world(1, tmp_path / "changed", sharded, 3)
-    run_toy(tmp_path / "changed", EXACT)
-    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.skipif(DEVICE == "cuda" and GPUS < 2, reason="needs two CUDA GPUs")
-def test_two_gpus_are_the_plain_run_and_resume_bit_for_bit(tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("world", "strategy"),
+    [(1, "fsdp"), *(pytest.param(2, strategy, marks=needs_two) for strategy in ("ddp", "fsdp"))],
+)
+def test_several_gpus_or_fsdp_are_the_plain_run_resume_bit_for_bit_and_load_into_a_plain_one(
+    tmp_path, world, strategy
+):
     changes = {**EXACT, "train.strategy": strategy}
     run_toy(tmp_path / "plain", EXACT)
-    run_world(2, tmp_path / "whole", changes)
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    run_world(2, tmp_path / "stopped", changes, 3)
-    run_world(2, tmp_path / "stopped", changes)
+    run_world(world, tmp_path / "whole", changes)
+    run_world(world, tmp_path / "stopped", changes, 3)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "changed")
+    run_world(world, tmp_path / "stopped", changes)
     assert same(weights(tmp_path / "stopped", 7), weights(tmp_path / "whole", 7))
-
-
-# --------------------------------------------------------------------------------------- waiting and memory
+    assert loss_lines(tmp_path / "stopped") == loss_lines(tmp_path / "whole")
+    run_toy(tmp_path / "changed", EXACT)
+    for run in ("whole", "changed"):
+        assert losses(tmp_path / run) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -229,16 +196,10 @@ def test_a_step_waits_for_the_gpu_twice_for_its_loss_and_for_its_gradient_norm(c
     config = settings({**ON_GPU, "train.precision": "bf16", "train.micro_batch_size": 4, **changes})
     device = torch.device(DEVICE)
     trainer = Trainer(config, device, None)
-    loader = TrainLoader(
-        ToySource(40),
-        config.data,
-        image_size=config.model.image_size,
-        seed=0,
-        batch_size=8,
-        micro_batch_size=4,
-        pin_memory=DEVICE == "cuda",
-        drop_path_draws=2 * config.model.depth if config.model.drop_path else 0,
-    )
+    sizes = {"image_size": config.model.image_size, "batch_size": 8, "micro_batch_size": 4, "seed": 0}
+    draws = 2 * config.model.depth if config.model.drop_path else 0
+    pinned = {"pin_memory": DEVICE == "cuda", "drop_path_draws": draws}
+    loader = TrainLoader(ToySource(40), config.data, **sizes, **pinned)
     steps, waits, item = iter(loader), [], torch.Tensor.item
 
     def counted(tensor: torch.Tensor) -> Any:
@@ -281,13 +242,9 @@ def sync_errors(raised: bool) -> Iterator[None]:
 def test_auto_micro_batch_runs_and_four_times_as_many_images_do_not(share, recompute):
     # In a tenth of the memory, which the count does not know of: then trying and halving must find it.
     large = {"image_size": 224, "patch_size": 16, "embed_dim": 768, "num_heads": 12, "depth": 12}
-    config = settings(
-        {
-            **{f"model.{name}": value for name, value in large.items()},
-            **{**ON_GPU, "data.val_resize_px": 224, "train.precision": "bf16"},
-            "train.activation_checkpointing": recompute,
-        }
-    )
+    changes = {**ON_GPU, "data.val_resize_px": 224, "train.precision": "bf16"}
+    changes |= {f"model.{name}": value for name, value in large.items()}
+    config = settings({**changes, "train.activation_checkpointing": recompute})
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(share)
     try:
@@ -302,8 +259,6 @@ def test_auto_micro_batch_runs_and_four_times_as_many_images_do_not(share, recom
 
 @needs_cuda
 def test_peak_memory_of_a_step_is_about_what_plan_counts():
-    from nextblock.plan import memory
-
     config = settings({**ON_GPU, **REAL_HEADS, "model.depth": 8, "train.precision": "bf16"})
     trainer = Trainer(config, torch.device("cuda"), None)
     peaks = []
@@ -318,6 +273,5 @@ def test_peak_memory_of_a_step_is_about_what_plan_counts():
 
 def test_a_model_moved_to_the_gpu_holds_its_tables_there():
     model = NextBlockModel(tiny_config()).to(DEVICE)
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {DEVICE}
     assert model.mask is not None
-    assert model.mask.device.type == DEVICE
+    assert {one.device.type for one in (*model.state_dict().values(), model.mask)} == {DEVICE}
