@@ -18,7 +18,7 @@ from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import attention_maps
 from nextblock.look import features as look
 from nextblock.look.features import PatchColours
-from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier, LinearHead
+from nextblock.models.heads import HeadConfig, ImageClassifier, LinearHead
 from tiny_runs import call_cli, refused, write_images
 from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
 
@@ -161,20 +161,6 @@ def test_a_rerun_removes_the_pictures_that_are_not_asked_for_again(places, tmp_p
     assert {path.name for path in out.glob("*.png")} == {"features.png", "attention.png", "nearest.png"}
     nextblock.features(**places)
     assert {path.name for path in out.glob("*.png")} == {"features.png"}
-
-
-@pytest.mark.parametrize("queries", [1, 2])
-def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queries):
-    torch.manual_seed(0)
-    head = AttentiveHead(24, HeadConfig(num_classes=3, layers=(0,), num_heads=4, num_queries=queries)).eval()
-    tokens = torch.randn(2, 6, 24)
-    found = head.attention(tokens)
-    keys = head.key(tokens * (1 + 1e-6) ** -0.5)  # batch norm of fresh statistics
-    for query in range(queries):
-        for number in range(4):
-            part = slice(6 * number, 6 * number + 6)
-            scores = keys[..., part] @ head.query[0, query, part] * 6**-0.5
-            torch.testing.assert_close(found[:, 4 * query + number], scores.softmax(-1))
 
 
 @pytest.mark.parametrize("kind", ["attentive", "ep"])
