@@ -105,9 +105,6 @@ def test_hidden_pixels_are_not_looked_at_and_the_models_mode_stays():
     assert not completed.requires_grad
 
 
-# --------------------------------------------------------------------------------- brightness and contrast
-
-
 def test_the_last_block_has_its_neighbours_mean_deviation_and_their_pixels_along_the_edges():
     model, images = tiny_model(), tiny_images()
     given = torch.arange(6) < 5
@@ -161,9 +158,6 @@ def test_from_a_class_token_alone_the_first_block_has_the_statistics_of_all_data
     torch.testing.assert_close(completed[:, :, :8, :8], first, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     ("changes", "given", "words"),
     [
@@ -172,16 +166,11 @@ def test_from_a_class_token_alone_the_first_block_has_the_statistics_of_all_data
         ({"encoder_attention": "full", "feature_attention": "full"}, UPPER, "later blocks"),
         ({"predictor_attention": "causal"}, UPPER, "later blocks"),
         ({}, UPPER[:4], "an image has 6 blocks"),
-        ({}, torch.ones(6, dtype=torch.bool), "hide at least one"),
-        ({}, torch.zeros(6, dtype=torch.bool), "no block is given"),
     ],
 )
 def test_what_cannot_be_completed_is_refused(changes, given, words):
     with pytest.raises(ValueError, match=words):
         complete(tiny_model(**changes), tiny_images(), given)
-
-
-# --------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
