@@ -1,49 +1,9 @@
-"""Geometry against loops: which patch lies in which block, orders, masks, cutting and putting together."""
+"""Orders, cutting and putting together against loops (blocks of patches and masks: test_next_block.py)."""
 
 import pytest
 import torch
 
-from nextblock.blocks import block_orders, may_attend, patches_of_blocks, patchify, unpatchify
-
-# (grid, block), both in (rows, columns) of patches
-GEOMETRIES = [
-    ((4, 4), (2, 2)),
-    ((4, 4), (1, 1)),
-    ((4, 4), (4, 4)),
-    ((2, 6), (2, 3)),
-    ((3, 5), (1, 5)),
-    ((8, 6), (2, 3)),
-]
-
-
-def block_of_each_patch(grid, block):
-    """In raster order."""
-    rows, columns = grid
-    return [
-        (row // block[0]) * (columns // block[1]) + column // block[1]
-        for row in range(rows)
-        for column in range(columns)
-    ]
-
-
-@pytest.mark.parametrize(("grid", "block"), GEOMETRIES)
-def test_the_patches_of_a_block_are_those_that_lie_in_it_in_raster_order(grid, block):
-    of_patch = block_of_each_patch(grid, block)
-    expected = [[n for n, b in enumerate(of_patch) if b == number] for number in range(max(of_patch) + 1)]
-    assert patches_of_blocks(grid, block).tolist() == expected
-
-
-@pytest.mark.parametrize(("grid", "block"), GEOMETRIES)
-def test_a_token_may_attend_to_its_block_to_earlier_ones_and_to_its_images_prefix(grid, block):
-    of_patch = block_of_each_patch(grid, block)
-    k = max(of_patch) + 1
-    at = torch.randperm(k, generator=torch.Generator().manual_seed(1)).tolist()
-    positions = [at[number] for number in of_patch]
-    expected = torch.tensor(
-        [[[t <= q or t < length for t in positions] for q in positions] for length in range(k)]
-    )
-    assert torch.equal(may_attend(torch.tensor(positions)), expected[0])
-    assert torch.equal(may_attend(torch.tensor(positions), torch.arange(k)), expected[:, None])
+from nextblock.blocks import block_orders, patchify, unpatchify
 
 
 def walk_inwards(rows, columns):

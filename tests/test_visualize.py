@@ -1,7 +1,6 @@
 """Sheets of predictions: pixels against a loop, captions, losses, files, and what is refused."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -234,15 +233,6 @@ def test_predict_writes_a_picture_and_each_images_losses(predict, tmp_path):
     for row in result.rows:
         assert 0.5 < row["zero"] <= 1.0
         assert row["copy_previous"] > row["zero"]
-
-
-def test_the_loss_of_tokens_is_told_beside_guessing(predict, looks, tmp_path):
-    result = predict(small_model(target="tokens", vocab_size=5), ToySource(6), num_images=3)
-    assert [row["uniform"] for row in result.rows] == [pytest.approx(math.log(5))] * 3
-    assert all(0 < row["frequency"] <= math.log(5) for row in result.rows)
-    told = json.loads((tmp_path / "predictions.json").read_text())
-    assert (told["loss_function"], told["vocab_size"]) == ("cross_entropy", 5)
-    assert "norm_pixels" not in told
 
 
 def test_many_images_are_predicted_in_batches_with_the_numbers_of_one_pass(predict, looks, monkeypatch):
