@@ -94,11 +94,12 @@ def test_masked_blocks_are_predicted_in_any_number_if_cached():
         complete(model, images, UPPER, cached=False)
 
 
-def test_hidden_pixels_are_not_looked_at_and_the_models_mode_stays():
+@pytest.mark.parametrize("cached", [True, False])
+def test_hidden_pixels_are_not_looked_at_and_the_models_mode_stays(cached):
     model, images = tiny_model().train(), tiny_images()
-    expected = complete(model, images, UPPER).images
+    expected = complete(model, images, UPPER, cached=cached).images
     images[:, :, 8:] = float("nan")
-    assert torch.equal(complete(model, images, UPPER).images, expected)
+    assert torch.equal(complete(model, images, UPPER, cached=cached).images, expected)
     assert (model.training, expected.requires_grad) == (True, False)
 
 

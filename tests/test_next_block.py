@@ -79,11 +79,12 @@ def teacher(images):
 
 def model_of(**changes) -> Any:
     """A tiny model whose tokenizer has centroids and whose targets have a teacher, if they need one."""
-    model: Any = tiny_model(**changes)
-    if model.config.target == "tokens" and model.targets is not None:
-        model.targets.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
+    model = tiny_model(**changes)
+    targets: Any = model.targets
+    if model.config.target == "tokens":
+        targets.fit(torch.randn(100, 48, generator=torch.Generator().manual_seed(1)), seed=0)
     if model.config.target == "features":
-        model.targets.teacher = teacher
+        targets.teacher = teacher
     return model
 
 
@@ -299,7 +300,8 @@ def test_loss_predictions_targets_and_gradients_are_those_of_the_slow_definition
 
 @pytest.mark.parametrize("case", [case for case in CASES if "drop path" not in case])
 def test_a_row_sees_the_prefix_and_the_blocks_up_to_where_it_stands_and_no_masked_one(case):
-    changes, order, prefix = (*CASES[case], None, None)[:3]
+    changes, *given = CASES[case]
+    order, prefix = (*given, None, None)[:2]
     model = model_of(**changes)
     config, k = model.config, model.config.num_blocks
     lengths = torch.zeros(2, dtype=torch.int64) if prefix is None else prefix

@@ -75,7 +75,7 @@ def looks(monkeypatch):
         ({"image_size": (16, 32), "block_size": (4, 1), "in_chans": 1}, {}),
         ({"norm_pixels": False, "in_chans": 7}, {}),
         ({"norm_pixels": False, "in_chans": 2}, {}),
-        ({"num_predicted_blocks": 2}, {"distance": 2, "unpredicted": "mean"}),
+        ({"num_predicted_blocks": 2, "norm_pixels": False}, {"distance": 2, "unpredicted": "mean"}),
     ],
 )
 def test_predictions_are_put_together_as_a_loop_over_blocks_does_and_make_a_small_sheet(
@@ -84,6 +84,7 @@ def test_predictions_are_put_together_as_a_loop_over_blocks_does_and_make_a_smal
     model = small_model(**{"order": "fixed_random", **changes})
     config, images, distance = model.config, random_images(model.config), options.get("distance", 1)
     look = seen(model, images, **options)
+    assert look.zero is not None
     with torch.no_grad():
         part, order = model(images).distances[distance - 1], model.orders[0].tolist()
     (height, width), channels = config.block_px, min(config.in_chans, 6)
