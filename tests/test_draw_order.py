@@ -75,5 +75,6 @@ def test_the_command_draws_a_preset_with_settings_changed(tmp_path, capsys):
         ([*DRAW, "--prefix", "2", "--model.class_token", "true"], "have no prefix; leave --prefix out"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(words, message, capsys):
+def test_what_cannot_be_drawn_is_refused(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert message in refused(call_cli(capsys, "presets", *words))
