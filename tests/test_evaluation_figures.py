@@ -52,8 +52,8 @@ def figures(monkeypatch):
 def drawn(tmp_path, figures):
     """Draw a grid; its panels."""
 
-    def draw(grid, chosen_on="choice"):
-        assert draw_grid(grid, chosen_on, tmp_path / "probe.png")
+    def draw(grid):
+        assert draw_grid(grid, "choice", tmp_path / "probe.png")
         with Image.open(tmp_path / "probe.png") as picture:
             assert picture.size[1] == 800
         return figures["probe.png"].axes
@@ -92,20 +92,17 @@ def test_layers_get_a_panel_of_their_own_and_several_together_a_bar(drawn):
     assert "linear, layers 3-5" in legend(by_rate)
 
 
-def test_layers_alone_make_one_panel(drawn):
-    (axes,) = drawn(candidates("linear", layers=((0,), (1,)), rates=(1e-3,)))
-    assert axes.get_xlabel().startswith("layer of the encoder")
-
-
-def test_of_many_lines_only_the_winner_is_named(drawn):
-    axes, _ = drawn(candidates("linear", layers=tuple((layer,) for layer in range(12))))
+def test_a_legend_names_of_many_lines_only_the_winner_and_only_what_varies(drawn):
+    (axes, _) = drawn(candidates("linear", layers=[(layer,) for layer in range(12)]))
     assert legend(axes) == ["linear, layers 4: 80.0"]
-
-
-def test_only_what_varies_is_named(drawn):
     other = candidates("linear", attention="full", peak=0.7, is_winner=False)
     (axes,) = drawn(candidates("linear") + other)
     assert legend(axes) == ["linear, attention native: 78.0", "linear, attention full"]
+
+
+def test_layers_alone_make_one_panel(drawn):
+    (axes,) = drawn(candidates("linear", layers=((0,), (1,)), rates=(1e-3,)))
+    assert axes.get_xlabel().startswith("layer of the encoder")
 
 
 def test_baselines_stand_beside_and_diverged_heads_leave_a_gap(drawn):
@@ -125,9 +122,8 @@ def test_nothing_is_drawn_if_there_was_nothing_to_choose(tmp_path):
 
 
 def test_a_confusion_matrix_has_shares_as_colours_and_counts_as_numbers(tmp_path, figures):
-    draw_confusion(
-        [[3, 1, 0], [0, 4, 0], [0, 0, 0]], ("cat", "$x^", "eel"), "linear: 87.5%", tmp_path / "c.png"
-    )
+    counts, names = [[3, 1, 0], [0, 4, 0], [0, 0, 0]], ("cat", "$x^", "eel")
+    draw_confusion(counts, names, "linear: 87.5%", tmp_path / "c.png")
     axes = figures["c.png"].axes[0]
     np.testing.assert_allclose(axes.images[0].get_array()[:2], [[75, 25, 0], [0, 100, 0]])
     assert np.ma.getmaskarray(axes.images[0].get_array())[2].all()  # no image of that class
@@ -137,13 +133,14 @@ def test_a_confusion_matrix_has_shares_as_colours_and_counts_as_numbers(tmp_path
     assert "linear: 87.5%, 3 classes, 8 images" in axes.get_title(loc="left").replace("\n", " ")
 
 
+@pytest.mark.usefixtures("coarse_pictures")
 @pytest.mark.parametrize(("classes", "is_labelled"), [(40, True), (41, False)])
 def test_up_to_40_classes_are_named(tmp_path, figures, classes, is_labelled):
     names = [f"a class with quite a long name {number}" for number in range(classes)]
     draw_confusion(np.eye(classes, dtype=int).tolist(), names, "head", tmp_path / "c.png")
     axes = figures["c.png"].axes[0]
-    assert bool(axes.texts) == is_labelled
-    assert ("a class with …ng name 12" in [tick.get_text() for tick in axes.get_yticklabels()]) == is_labelled
+    ticks = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert bool(axes.texts) == ("a class with …ng name 12" in ticks) == is_labelled
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
@@ -159,8 +156,7 @@ def test_maps_of_attention_have_one_scale_an_image_and_lie_over_its_grey(channel
     assert [cell.words for cell in row] == ["one.png", "mean of 3", "query 0", "query 1", "query 2"]
     np.testing.assert_array_equal(row[0].picture, shown)
     colours, grey = colormaps["inferno"], shown.mean(-1) / 255
-    for line, column, share in ((0, 12, 1.0), (3, 15, 1.0), (4, 15, 0.0), (3, 11, 0.0)):
+    places = ((3, 0, 12, 1.0), (3, 3, 15, 1.0), (3, 4, 15, 0.0), (3, 3, 11, 0.0), (4, 7, 0, 0.5))
+    for cell, line, column, share in places:
         expected = 0.9 * np.array(colours(share)[:3]) + 0.1 * grey[line, column]
-        np.testing.assert_allclose(row[3].picture[line, column], expected, atol=1e-6)
-    expected = 0.9 * np.array(colours(0.5)[:3]) + 0.1 * grey[7, 0]
-    np.testing.assert_allclose(row[4].picture[7, 0], expected, atol=1e-6)
+        np.testing.assert_allclose(row[cell].picture[line, column], expected, atol=1e-6)

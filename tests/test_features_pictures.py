@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from nextblock.data import eval_batches, normalize, open_source
 from nextblock.evaluate.features import attention_maps
 from nextblock.look import features as look
 from nextblock.look.features import PatchColours
-from nextblock.models.heads import AttentiveHead, HeadConfig, ImageClassifier, LinearHead
+from nextblock.models.heads import HeadConfig, ImageClassifier
 from tiny_runs import call_cli, refused, write_images
 from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
 
@@ -61,7 +62,7 @@ def patches_of(places, count=12):
         return tiny_model().encode(normalize(batch.images, DATA.mean, DATA.std)).tokens
 
 
-def head_on(model, kind, folder, data=DATA, **options):
+def head_on(model, kind, folder, data=DATA, **options) -> Any:
     config = HeadConfig(kind=kind, num_classes=3, num_heads=4, layers=(0, 1), **options)
     torch.manual_seed(0)
     classifier = ImageClassifier(model, config, ("a", "b", "c")).eval()
@@ -83,9 +84,6 @@ def test_colours_are_the_first_three_principal_components_on_one_scale():
         expected = (0.5 + (values - (low + high) / 2) / widest).clip(0, 1)
         np.testing.assert_allclose(colours.colours(features)[:, channel], expected, atol=1e-9)
         assert colours.explained[channel] == pytest.approx(variances[-1 - channel] / variances.sum())
-    # A map of places: each patch by itself.
-    some = features[:24].reshape(2, 3, 4, 7)
-    np.testing.assert_allclose(colours.colours(some).reshape(24, 3), colours.colours(features)[:24])
 
 
 def test_a_component_that_is_not_there_is_grey():
@@ -93,23 +91,22 @@ def test_a_component_that_is_not_there_is_grey():
     np.testing.assert_allclose(colours.colours(np.array([[0.0, 100.0]])), [[1.0, 0.5, 0.5]], atol=1e-12)
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-def test_images_of_two_channels_and_four_are_drawn_by_their_first(channels, tmp_path, cells):
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3)])
+def test_images_of_two_channels_and_four_are_drawn_by_their_first(channels, shown, places, tmp_path, cells):
     data = DataConfig(val_resize_px=24, channels=channels, mean=(0.5,) * channels, std=(0.2,) * channels)
-    model = tiny_model(in_chans=channels)
+    model, places["head"] = tiny_model(in_chans=channels), str(tmp_path / "head")
     save_model(tmp_path / "model.safetensors", model, data=data)
     head_on(model, "ep", tmp_path / "head", data=data, num_queries=3)
     pixels = np.random.default_rng(0).integers(0, 256, (2, *SIZE, channels), dtype=np.uint8)
-    (tmp_path / "images").mkdir()
-    for name, one in zip("ab", pixels, strict=True):
-        Image.fromarray(one).save(tmp_path / "images" / f"{name}.png")
-    places = {"model": tmp_path / "model.safetensors", "data": tmp_path / "images", "head": tmp_path / "head"}
-    out = {"out": str(tmp_path / "out"), "device": "cpu", "workers": 0}
-    nextblock.features(**{name: str(path) for name, path in places.items()}, **out, query="0")
-    (batch,) = eval_batches(open_source(str(places["data"]), data), data, SIZE, 2, range(2))
-    shown = batch.images[:, : {2: 1, 4: 3}[channels]].movedim(1, -1).numpy()
-    np.testing.assert_array_equal(cells["features.png"][0].picture, shown[0])
-    np.testing.assert_array_equal(cells["nearest.png"][1].picture, shown[1])
+    places["data"] = str(tmp_path / "two")
+    for path, one in zip((tmp_path / "two" / "a.png", tmp_path / "two" / "b.png"), pixels, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(one).save(path)
+    nextblock.features(**places, query="0")
+    (batch,) = eval_batches(open_source(places["data"], data), data, SIZE, 2, range(2))
+    expected = batch.images[:, :shown].movedim(1, -1).numpy()
+    np.testing.assert_array_equal(cells["features.png"][0].picture, expected[0])
+    np.testing.assert_array_equal(cells["nearest.png"][1].picture, expected[1])
     assert (tmp_path / "out" / "attention.png").is_file()
 
 
@@ -154,48 +151,26 @@ def test_the_nearest_patches_are_those_of_the_slow_definition(places, cells):
     assert (result.rows[0]["index"], result.rows[0]["similarity"]) == (5, pytest.approx(1))
 
 
-def test_a_rerun_removes_the_pictures_that_are_not_asked_for_again(places, tmp_path):
-    head_on(tiny_model(), "ep", tmp_path / "head", num_queries=3)
-    out = Path(places["out"])
-    nextblock.features(**places, query="5", head=str(tmp_path / "head"))
-    assert {path.name for path in out.glob("*.png")} == {"features.png", "attention.png", "nearest.png"}
-    nextblock.features(**places)
-    assert {path.name for path in out.glob("*.png")} == {"features.png"}
-
-
-@pytest.mark.parametrize("queries", [1, 2])
-def test_attention_of_an_attentive_head_is_the_softmax_of_queries_and_keys(queries):
-    torch.manual_seed(0)
-    head = AttentiveHead(24, HeadConfig(num_classes=3, layers=(0,), num_heads=4, num_queries=queries)).eval()
-    tokens = torch.randn(2, 6, 24)
-    found = head.attention(tokens)
-    keys = head.key(tokens * (1 + 1e-6) ** -0.5)  # batch norm of fresh statistics
-    for query in range(queries):
-        for number in range(4):
-            part = slice(6 * number, 6 * number + 6)
-            scores = keys[..., part] @ head.query[0, query, part] * 6**-0.5
-            torch.testing.assert_close(found[:, 4 * query + number], scores.softmax(-1))
-
-
-@pytest.mark.parametrize("kind", ["attentive", "ep"])
-def test_maps_of_a_head_are_drawn_over_the_grid(kind, places, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "queries", "unit", "count"), [("attentive", 1, "head", 4), ("ep", 3, "query", 3)]
+)
+def test_maps_of_a_head_are_drawn_over_the_grid(kind, queries, unit, count, places, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(look, "draw_attention", lambda *found, **words: drawn.update(found=found, **words))
-    classifier = head_on(tiny_model(), kind, tmp_path / "head", num_queries={"attentive": 1, "ep": 3}[kind])
+    classifier = head_on(tiny_model(), kind, tmp_path / "head", num_queries=queries)
     result = nextblock.features(**places, head=str(tmp_path / "head"))
     pictures, maps, path = drawn["found"]
-    assert (result.pictures[1], drawn["unit"]) == (path, {"attentive": "head", "ep": "query"}[kind])
-    assert drawn["names"] == result.facts["images"]
-    assert pictures.shape == (3, *SIZE, 3)
-    assert maps.shape == (3, {"attentive": 4, "ep": 3}[kind], *GRID)
+    assert (result.pictures[1], drawn["unit"], drawn["names"]) == (path, unit, result.facts["images"])
+    assert (pictures.shape, maps.shape) == ((3, *SIZE, 3), (3, count, *GRID))
     images = normalize(torch.from_numpy(pictures).movedim(-1, 1), DATA.mean, DATA.std)
-    assert not isinstance(classifier.head, LinearHead)
     weights = classifier.head.attention(classifier.features(images)).detach()
     np.testing.assert_allclose(maps.reshape(3, -1, 24), weights.numpy(), atol=1e-6)
-    assert attention_maps(classifier, tiny_images()).sum((-2, -1)).allclose(torch.ones(2, len(maps[0])))
+    assert attention_maps(classifier, tiny_images()).sum((-2, -1)).allclose(torch.ones(2, count))
 
 
-def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, capsys):
+def test_the_command_prints_what_it_found_writes_the_same_and_removes_pictures_not_asked_for_again(
+    places, tmp_path, capsys
+):
     head_on(tiny_model(), "ep", tmp_path / "head", num_queries=3)
     flags = [f"--{name}={value}" for name, value in places.items()]
     for path in Path(places["data"]).glob("0*.png"):
@@ -205,17 +180,17 @@ def test_the_command_prints_what_it_found_and_writes_the_same(places, tmp_path, 
     assert code == 0
     *lines, last = shown.splitlines()
     assert max(len(line) for line in lines if "long" in line) < 110
-    values = json.loads(last)
-    out = Path(places["out"])
+    values, out = json.loads(last), Path(places["out"])
     written = json.loads((out / "features.json").read_text())
-    assert values == {name: value for name, value in written.items() if name != "settings"}
-    assert written["settings"]["num_images"] == 3
-    assert values["pictures"] == [
-        str(out / name) for name in ("features.png", "attention.png", "nearest.png")
-    ]
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("attention.png", "nearest.png"))
+    assert written.pop("settings")["num_images"] == 3
+    assert values == written
+    names = ["features.png", "attention.png", "nearest.png"]
+    assert values["pictures"] == [str(out / name) for name in names]
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in names)
     assert "1 image could not be read: broken_00.png" in shown
     assert f"{100 * values['explained'][0]:.1f}" in shown
+    nextblock.features(**places)
+    assert [path.name for path in out.glob("*.png")] == ["features.png"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ def head_config(num_classes, **changes):
     return HeadConfig(num_classes=num_classes, layers=(0,), **changes)
 
 
+def classifier(class_names=None, layers=(1,), **changes):
+    head = HeadConfig(num_classes=3, layers=layers, num_heads=3, **changes)
+    return ImageClassifier(tiny_model(), head, class_names)
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_queries, bias):
@@ -29,17 +34,18 @@ def test_attentive_head_is_attention_over_keys_and_values_of_every_patch(num_que
     tokens = torch.randn(4, 7, 12)
     mean = tokens.flatten(0, 1).mean(0)
     deviation = (tokens.flatten(0, 1).var(0, unbiased=False) + 1e-6).sqrt()
-    expected = torch.zeros(4, 5)
+    maps, expected = torch.zeros(4, 3 * num_queries, 7), torch.zeros(4, 5)
     for image in range(4):
         normed = (tokens[image] - mean) / deviation
         keys, values = normed @ head.key.weight.T, normed @ head.value.weight.T
         pooled = torch.zeros(12)
-        for query in head.query[0]:
-            for part in (slice(0, 4), slice(4, 8), slice(8, 12)):
-                weights = torch.softmax(keys[:, part] @ query[part] / 4**0.5, dim=0)
-                pooled[part] += weights @ values[:, part] / num_queries
+        for number in range(3 * num_queries):
+            query, part = head.query[0, number // 3], slice(4 * (number % 3), 4 * (number % 3) + 4)
+            maps[image, number] = torch.softmax(keys[:, part] @ query[part] / 4**0.5, dim=0)
+            pooled[part] += maps[image, number] @ values[:, part] / num_queries
         expected[image] = head.linear.weight @ pooled + (head.linear.bias if bias else 0)
     torch.testing.assert_close(head(tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head.attention(tokens), maps)
 
 
 def test_ep_head_is_one_attention_a_query_over_tokens_and_its_own_part_of_the_values():
@@ -91,18 +97,10 @@ def test_settings_of_a_head_that_older_files_hold_are_read():
 
 def test_attention_of_the_head_config_reaches_the_encoder():
     native, causal, full = (
-        ImageClassifier(
-            tiny_model(), HeadConfig(num_classes=3, layers=(1,), num_heads=3, attention=attention)
-        ).features(tiny_images())
-        for attention in ("native", "causal", "full")
+        classifier(attention=attention).features(tiny_images()) for attention in ("native", "causal", "full")
     )
     assert torch.equal(native, causal)
     assert not torch.allclose(full, causal, atol=1e-4)
-
-
-def linear_classifier(layer, class_names=None):
-    head = HeadConfig(kind="linear", num_classes=10, layers=(layer,))
-    return ImageClassifier(tiny_model(), head, class_names)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +111,10 @@ def linear_classifier(layer, class_names=None):
             "32 channels cannot have 5 attention heads",
         ),
         (lambda: EfficientHead(32, head_config(10, num_queries=5)), "32 channels cannot have 5 queries"),
-        (lambda: HeadConfig(num_classes=0, layers=(1,)), "num_classes is 0"),
+        (lambda: head_config(0), "num_classes is 0"),
         (lambda: HeadConfig(num_classes=2, layers=()), "at least one encoder layer"),
-        (lambda: linear_classifier(2), r"layers \[2\] of an encoder with 2"),
-        (lambda: linear_classifier(1, ["cat", "dog"]), "2 class names for a head of 10 classes"),
+        (lambda: classifier(layers=(2,)), r"layers \[2\] of an encoder with 2"),
+        (lambda: classifier(["cat", "dog"]), "2 class names for a head of 3 classes"),
         (lambda: last_layers(5, 4), "last 5 layers of an encoder with 4"),
     ],
 )

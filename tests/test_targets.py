@@ -12,7 +12,6 @@ from torch import Tensor
 from nextblock.blocks import normalize_blocks
 from nextblock.targets import (
     TokenTargets,
-    combine,
     count_kept_rows,
     draw_prefix_lengths,
     fit_kmeans,
@@ -37,46 +36,38 @@ def token_targets(vocab_size=7) -> TokenTargets:
     return targets
 
 
-def block_at(images: Tensor, position: int, order=ORDER) -> Tensor:
-    """The pixels (b c 8 8) of the block at a position of the order."""
-    top, left = divmod(int(order[position]), 3)
-    return images[:, :, top * 8 : top * 8 + 8, left * 8 : left * 8 + 8]
-
-
 def true_blocks(images: Tensor) -> Tensor:
-    """The pixels (b 5 192) of all blocks but the first."""
-    return torch.stack([block_at(images, position).flatten(1) for position in range(1, 6)], dim=1)
+    """The pixels (b 6 192) of the blocks along the order."""
+    places = [divmod(block, 3) for block in ORDER.tolist()]
+    blocks = [images[:, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] for row, column in places]
+    return torch.stack(blocks, dim=1).flatten(2)
+
+
+def patches_of(blocks: Tensor) -> Tensor:
+    """Their patches (b steps 4 48)."""
+    pixels = blocks.unflatten(2, (3, 8, 8))
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4)]
+    patches = [pixels[..., row : row + 4, column : column + 4].flatten(2) for row, column in corners]
+    return torch.stack(patches, dim=2)
 
 
 def test_a_block_is_normalised_by_its_own_mean_and_unbiased_deviation():
     pixels = noise(2, 3, 7).double()
-    for image in range(2):
-        for block in range(3):
-            values = pixels[image, block].tolist()
-            mean = sum(values) / 7
-            variance = sum((v - mean) ** 2 for v in values) / 6
-            expected = [(v - mean) / math.sqrt(variance + 1e-6) for v in values]
-            assert normalize_blocks(pixels)[image, block].tolist() == pytest.approx(expected, abs=1e-12)
+    values = pixels.numpy()
+    deviation = np.sqrt(values.var(-1, ddof=1, keepdims=True) + 1e-6)
+    expected = (values - values.mean(-1, keepdims=True)) / deviation
+    np.testing.assert_allclose(normalize_blocks(pixels), expected, atol=1e-12)
     assert torch.equal(normalize_blocks(torch.full((1, 2, 12), 3.7)), torch.zeros(1, 2, 12)), "flat ones too"
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_pixel_targets_are_the_blocks_along_the_order(norm):
-    images = noise(2, 3, 16, 24)
-    found = make_targets(tiny_config(norm_pixels=norm)).of_blocks(images.bfloat16(), ORDER)
-    assert found.shape == (2, 6, 192)
-    assert found.dtype == torch.float32
-    for position in range(6):
-        pixels = block_at(images.bfloat16().float(), position).flatten(1)
-        torch.testing.assert_close(found[:, position], normalize_blocks(pixels) if norm else pixels)
-
-
-@pytest.mark.parametrize(("loss", "power"), [("mse", 2), ("l1", 1)])
-def test_a_blocks_pixel_loss_is_the_mean_over_its_values_in_fp32(loss, power):
-    predictions, true = noise(2, 3, 192).half(), noise(2, 3, 192, seed=1)
-    found = make_targets(tiny_config(loss=loss)).losses(predictions, true)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (predictions.float() - true).abs().pow(power).mean(2))
+def test_pixel_targets_are_the_blocks_along_the_order_in_fp32_and_are_drawn_as_the_true_pixels(norm):
+    targets, images = make_targets(tiny_config(norm_pixels=norm)), noise(2, 3, 16, 24).bfloat16()
+    found = targets.of_blocks(images, ORDER)
+    assert (found.shape, found.dtype) == ((2, 6, 192), torch.float32)
+    true = true_blocks(images.float())
+    torch.testing.assert_close(found, normalize_blocks(true) if norm else true)
+    torch.testing.assert_close(targets.to_pixels(found, found, true), true, atol=1e-5, rtol=1e-5)
 
 
 def test_reference_losses_of_pixels_are_the_distances_to_zero_and_to_the_block_before():
@@ -89,45 +80,30 @@ def test_reference_losses_of_pixels_are_the_distances_to_zero_and_to_the_block_b
     torch.testing.assert_close(found["zero"], torch.full((2,), 191 / 192), atol=1e-5, rtol=0)
     same = targets.of_blocks(noise(1, 3, 8, 8).repeat(1, 1, 2, 3), ORDER)
     assert targets.reference_losses(same)["copy_previous"].item() == 0
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_perfect_predictions_are_drawn_as_the_true_pixels(norm):
-    targets, images = make_targets(tiny_config(norm_pixels=norm)), noise(2, 3, 16, 24)
-    found = targets.of_blocks(images, ORDER)[:, 1:]
-    drawn = targets.to_pixels(found, found, true_blocks(images))
-    for position in range(1, 6):
-        expected = block_at(images, position).flatten(1)
-        torch.testing.assert_close(drawn[:, position - 1], expected, atol=1e-5, rtol=1e-5)
+    masked = make_targets(tiny_config(mask_ratio=0.5, order="per_image", feature_attention="full"))
+    found = masked.reference_losses(blocks)
+    assert list(found) == ["zero"], "a masked block has no visible one before it to be copied"
+    torch.testing.assert_close(found["zero"], blocks[:, 3:].square().mean((1, 2)))
 
 
 def test_token_targets_are_the_nearest_centroids_of_normalised_patches_along_the_order():
     targets, images = token_targets(), noise(2, 3, 16, 24)
     found = targets.of_blocks(images, ORDER)
-    assert found.shape == (2, 6, 4)
     assert found.dtype == torch.int64
-    for position in range(6):
-        block = block_at(images, position)
-        for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
-            for image in range(2):
-                pixels = block[image, :, row : row + 4, column : column + 4].flatten()
-                pixels = (pixels - pixels.mean()) / math.sqrt(float(pixels.var()) + 1e-6)
-                distances = [math.dist(pixels.tolist(), c.tolist()) for c in targets.tokenizer.centroids]
-                assert int(found[image, position, patch]) == distances.index(min(distances))
+    for pixels, token in zip(patches_of(true_blocks(images)).flatten(0, 2), found.flatten(), strict=True):
+        pixels = (pixels - pixels.mean()) / math.sqrt(float(pixels.var()) + 1e-6)
+        distances = [math.dist(pixels.tolist(), c.tolist()) for c in targets.tokenizer.centroids]
+        assert int(token) == distances.index(min(distances))
 
 
-def test_the_token_loss_is_the_mean_negative_log_probability_in_fp32():
-    targets, true = token_targets(), torch.tensor([[[3, 0, 6, 6], [1, 2, 3, 4]]])
-    outputs = noise(1, 2, 28).bfloat16().requires_grad_()
-    logits = targets.shaped(outputs)
-    losses = targets.losses(logits, true)
-    assert losses.dtype == torch.float32
-    scores = outputs.float().view(1, 2, 4, 7).log_softmax(-1)
-    torch.testing.assert_close(losses, -scores.gather(3, true[..., None]).mean((2, 3)))
-    losses.sum().backward()
-    assert outputs.grad is not None
-    evenly = targets.losses(torch.zeros(1, 2, 4, 7), true)
-    torch.testing.assert_close(evenly, torch.full((1, 2), math.log(7)))
+@pytest.mark.parametrize("changes", [{}, {"loss": "l1"}, {"target": "tokens"}, {"target": "embedding"}])
+def test_losses_are_computed_in_fp32_from_outputs_of_any_precision(changes):
+    targets = make_targets(tiny_config(vocab_size=7, **changes))
+    outputs = targets.shaped(noise(2, 3, targets.outputs).bfloat16())
+    true = torch.ones(2, 3, 4, dtype=torch.int64) if "tokens" in changes.values() else outputs.float().flip(0)
+    found = targets.losses(outputs, true)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, targets.losses(outputs.float(), true))
 
 
 def test_reference_losses_of_tokens_are_the_vocabulary_and_the_entropy():
@@ -138,15 +114,13 @@ def test_reference_losses_of_tokens_are_the_vocabulary_and_the_entropy():
 
 
 def test_tokens_are_drawn_as_centroids_with_the_mean_and_deviation_of_the_true_patch():
-    targets, images, logits = token_targets(), noise(2, 3, 16, 24), noise(2, 5, 4, 7, seed=2)
-    tokens = targets.of_blocks(images, ORDER)[:, 1:]
-    drawn = targets.to_pixels(logits, tokens, true_blocks(images)).view(2, 5, 3, 8, 8)
-    for step in range(5):
-        for patch, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
-            true = block_at(images, step + 1)[0, :, row : row + 4, column : column + 4]
-            centroid = targets.tokenizer.centroids[logits[0, step, patch].argmax()].view(3, 4, 4)
-            expected = centroid * torch.sqrt(true.var() + 1e-6) + true.mean()
-            torch.testing.assert_close(drawn[0, step, :, row : row + 4, column : column + 4], expected)
+    targets, images, logits = token_targets(), noise(2, 3, 16, 24), noise(2, 6, 4, 7, seed=2)
+    true = true_blocks(images)
+    drawn = patches_of(targets.to_pixels(logits, targets.of_blocks(images, ORDER), true)).flatten(0, 2)
+    tokens = logits.argmax(-1).flatten()
+    for found, token, pixels in zip(drawn, tokens, patches_of(true).flatten(0, 2), strict=True):
+        expected = targets.tokenizer.centroids[token] * torch.sqrt(pixels.var() + 1e-6) + pixels.mean()
+        torch.testing.assert_close(found, expected)
 
 
 def draw(seed, samples, num_blocks, visit=0):
@@ -156,8 +130,7 @@ def draw(seed, samples, num_blocks, visit=0):
 @pytest.mark.parametrize("num_blocks", [2, 7, 16])
 def test_prefix_lengths_are_uniform_from_1_to_all_but_one(num_blocks):
     counts = torch.bincount(draw(0, list(range(6000)), num_blocks), minlength=num_blocks)
-    assert counts[0] == 0
-    assert len(counts) == num_blocks
+    assert (len(counts), counts[0]) == (num_blocks, 0)
     expected, freedom = 6000 / (num_blocks - 1), num_blocks - 2
     chi_square = float((counts[1:] - expected).square().sum() / expected)
     assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5
@@ -171,7 +144,6 @@ def test_a_length_is_a_function_of_seed_visit_and_sample_alone():
         agree = (first == other).double().mean().item()
         assert abs(agree - 1 / 15) < 4 * (1 / 15 * 14 / 15 / 3000) ** 0.5
     assert draw(0, [9, 2], 16).tolist() == [int(first[9]), int(first[2])]
-    assert draw(0, [], 16).tolist() == []
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4, 9])
@@ -184,14 +156,6 @@ def test_a_row_is_kept_if_its_target_lies_behind_the_prefix_and_the_count_agrees
         assert kept.tolist() == expected
         assert kept.any(1).all(), "the last block is always left to predict"
         assert count_kept_rows(lengths, num_blocks, distance) == kept.sum()
-
-
-def test_combine_divides_each_distance_and_averages_them():
-    near, far = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 0.0]])
-    assert combine([near, far], [3, 1]).item() == pytest.approx((2.0 + 4.0) / 2)
-    losses = noise(5, 3).abs()
-    parts = sum(combine([part], [15]) for part in losses.split([1, 3, 1]))
-    torch.testing.assert_close(parts, combine([losses], [15]))
 
 
 @pytest.mark.parametrize("max_distances", [1, 30, 10**6])
@@ -244,26 +208,9 @@ def test_as_many_tokens_as_distinct_patches_are_the_patches_and_more_are_refused
         fit_kmeans(points, 9, seed=0)
 
 
-def test_targets_that_need_a_fit_say_so_and_are_refused_before():
-    targets = make_targets(tiny_config(target="tokens", vocab_size=7))
-    assert targets.needs_fit
-    assert not token_targets().needs_fit
-    assert not make_targets(tiny_config()).needs_fit
-    with pytest.raises(ValueError, match="no centroids yet; fit it"):
-        targets.of_blocks(noise(1, 3, 16, 24), ORDER)
-
-
 def test_the_spread_of_vectors_is_0_on_a_line_and_near_1_in_all_directions():
     line = torch.tensor([1.0, 2.0, 3.0]) * torch.tensor([1.0, -2.0, 0.5, -0.1])[:, None]
     assert spread(line) == pytest.approx(0, abs=1e-6)
     assert spread(torch.eye(8)) == pytest.approx(7 / 8)
     pairs = torch.nn.functional.normalize(noise(5, 3), dim=1)
     assert spread(pairs) == pytest.approx(1 - float((pairs @ pairs.T).square().mean()), abs=1e-6)
-
-
-def test_a_masked_block_has_no_visible_block_before_it_to_be_copied():
-    config = tiny_config(mask_ratio=0.5, order="per_image", feature_attention="full")
-    blocks = make_targets(config).of_blocks(noise(2, 3, 16, 24), ORDER)
-    found = make_targets(config).reference_losses(blocks)
-    assert list(found) == ["zero"]
-    torch.testing.assert_close(found["zero"], blocks[:, 3:].square().mean((1, 2)))

@@ -48,10 +48,13 @@ def test_targets_are_unit_features_of_the_same_image_as_the_teacher_takes_it(tmp
         assert_close(found[:, block], of_block, atol=1e-5, rtol=1e-4)
 
 
-def test_the_teacher_is_no_part_of_the_model_and_does_not_learn(tmp_path):
+def test_the_teacher_is_no_part_of_the_model_does_not_learn_and_is_needed_only_to_predict(tmp_path):
     settings = write_teacher(tmp_path / "teacher.safetensors")
     model = student(settings)
     before = list(model.state_dict()), list(model.parameters()), list(model.modules())
+    model.encode(tiny_images())
+    with pytest.raises(ValueError, match=r"features of .*, which is not loaded; .*attach_teacher"):
+        model(tiny_images())
     attach_teacher(model, MEAN, STD)
     assert before == (list(model.state_dict()), list(model.parameters()), list(model.modules()))
     teacher = model.targets.teacher.teacher
@@ -63,10 +66,8 @@ def test_the_teacher_is_no_part_of_the_model_and_does_not_learn(tmp_path):
 
 
 def test_a_teacher_of_timm_sees_images_by_its_own_mean_and_deviation(tmp_path):
-    vit = timm.create_model("test_vit", num_classes=0)
-    save_for_hf(
-        vit, tmp_path / "timm", model_config={"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    )
+    own = {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path / "timm", model_config=own)
     settings = {"target": "features", "teacher": f"timm:local-dir:{tmp_path / 'timm'}", "teacher_dim": 64}
     model: Any = tiny_model(**settings)
     attach_teacher(model, MEAN, STD)
@@ -82,13 +83,6 @@ def test_parts_of_the_loss_are_logged_apart_if_visible_blocks_are_predicted(tmp_
     (line,) = (one for one in lines if one["kind"] == "train")
     assert (line["loss_next"] + line["loss_visible"]) / 2 == pytest.approx(line["loss"], rel=1e-5)
     assert result.losses["loss_next"] == line["loss_next"]
-
-
-def test_a_model_without_its_teacher_encodes_and_says_how_to_predict(tmp_path):
-    model = student(write_teacher(tmp_path / "teacher.safetensors"))
-    model.encode(tiny_images())
-    with pytest.raises(ValueError, match=r"features of .*, which is not loaded; .*attach_teacher"):
-        model(tiny_images())
 
 
 def pretrain(tmp_path, **changes):
