@@ -19,7 +19,7 @@ GOLDEN_DIR = Path(__file__).parent / "golden"
 # The longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = """
     distributed readme docs compare finetune suite interop_timm data_fuzz train_faults train_exact probe
-    interop_onnx monitors data_loader official_classifiers cli data_remote run_dir train_prefix doctor
+    interop_onnx monitors data_loader official_classifiers cli data_remote run_dir doctor
 """.split()  # noqa: SIM905 - one per line would take a screen
 
 # An int is a float here, as it is for pyright (PEP 484's numeric tower).

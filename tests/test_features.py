@@ -21,7 +21,7 @@ from nextblock.evaluate.features import (
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from nextblock.settings import to_dict
 from tiny_runs import same
-from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
+from toy import CONFIG, DATA, ToySource, toy_model
 
 ATTENTIVE = HeadConfig(num_classes=4, layers=(0, 1), num_heads=4)
 LINEAR = HeadConfig(kind="linear", num_classes=4, layers=(1,))

@@ -21,7 +21,7 @@ from nextblock.look import features as look
 from nextblock.look.features import PatchColours
 from nextblock.models.heads import HeadConfig, ImageClassifier
 from tiny_runs import call_cli, refused, write_images
-from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
+from toy import tiny_images, tiny_model
 
 DATA = DataConfig(val_resize_px=24, workers=0, max_bad_fraction=0.5)
 GRID, SIZE = (4, 6), (16, 24)

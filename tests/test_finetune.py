@@ -26,7 +26,7 @@ from nextblock.models import TimmEncoder
 from nextblock.train import NonFiniteError
 from ranks import run_ranks
 from tiny_runs import same
-from toy import DATA, ToySource, one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
+from toy import DATA, ToySource, tiny_model, toy_model
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 TIMM = "timm:test_vit,pretrained=false,img_size=32"

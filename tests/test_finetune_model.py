@@ -22,7 +22,7 @@ from nextblock.models import NextBlockModel
 from nextblock.models.heads import HeadConfig
 from nextblock.train.distributed import ALONE
 from tiny_runs import CPU, same
-from toy import CONFIG, DATA, ToySource, one_thread, take, tiny_images, toy_model  # noqa: F401 - a fixture
+from toy import CONFIG, DATA, ToySource, take, tiny_images, toy_model
 
 QUICK = {"batch_size": 12, "lr": 1e-3, "device": "cpu", "augment": "none", "clip_grad": None}
 PLAIN = FinetuneSettings(model="RUN", train="T", out="OUT", layer_decay=1.0, drop_path=0.0, **QUICK)

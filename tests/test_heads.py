@@ -13,7 +13,7 @@ from nextblock.models.heads import (
     last_layers,
 )
 from nextblock.settings import from_dict, to_dict
-from toy import one_thread, tiny_images, tiny_model  # noqa: F401 - a fixture
+from toy import tiny_images, tiny_model
 
 
 def head_config(num_classes, **changes):

@@ -25,7 +25,7 @@ from nextblock.evaluate.metrics import paired
 from nextblock.evaluate.results import BASELINES, MODEL, SATURATED, add_leads
 from nextblock.evaluate.settings import FewshotSettings, Shots
 from tiny_runs import write_images
-from toy import ToySource, one_thread  # noqa: F401 - a fixture
+from toy import ToySource
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from nextblock.train import MonitorEvent
 from nextblock.train.runtime import device_use
 from ranks import in_group, run_ranks, train_in_turn, train_together
 from tiny_runs import TINY, Quiet, assert_same_end, checkpoints, crash_toy, metrics, run_toy, write_images
-from toy import DATA, ToySource, one_thread, tiny_config, toy_model  # noqa: F401 - a fixture
+from toy import DATA, ToySource, tiny_config, toy_model
 
 CPU = torch.device("cpu")
 EVENT = MonitorEvent(step=0, run_dir=Path(), device=CPU)

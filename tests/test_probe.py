@@ -27,7 +27,7 @@ from nextblock.models.heads import ImageClassifier
 from nextblock.models.next_block import NextBlockModel
 from nextblock.optim import lr_at, parameter_groups
 from ranks import run_ranks
-from toy import CONFIG, DATA, ToySource, one_thread, toy_model  # noqa: F401 - a fixture
+from toy import CONFIG, DATA, ToySource, toy_model
 
 pytestmark = pytest.mark.usefixtures("coarse_pictures")
 HEADS = ("linear", "attentive", "ep")

@@ -18,7 +18,7 @@ from nextblock.serve import session as session_module
 from nextblock.serve.session import Session
 from serving import DATA, ask, browser_fixture, call, page_fixture, pixels_of, png, save_tiny, served  # noqa: F401
 from tiny_runs import call_cli, contents, refused, run_toy, write_images
-from toy import one_thread, tiny_model, toy_model  # noqa: F401 - a fixture
+from toy import tiny_model, toy_model
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

@@ -21,7 +21,7 @@ from nextblock.data import eval_batches, normalize
 from nextblock.errors import UsageError
 from nextblock.look.surprise import block_surprise
 from nextblock.visualize.sheet import ERROR_COLOURS, coloured, hatch, pixels_of_blocks
-from toy import ToySource, one_thread, tiny_config, tiny_images, tiny_model  # noqa: F401 - a fixture
+from toy import ToySource, tiny_config, tiny_images, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

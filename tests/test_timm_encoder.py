@@ -25,7 +25,7 @@ from nextblock.interop.hub import HubError
 from nextblock.models import TimmEncoder
 from nextblock.models.heads import FeatureConfig, HeadConfig, ImageClassifier, pool_features
 from test_load import Malicious
-from toy import DATA, one_thread, tiny_model  # noqa: F401 - a fixture
+from toy import DATA, tiny_model
 
 TOKEN = "timm:test_vit,pretrained=false,img_size=32"  # a class token
 REGISTERS = "timm:test_vit2,pretrained=false,img_size=32"  # registers alone, pooled by the mean

@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-import pytest
 import torch
 
 from nextblock.config import DataConfig, ModelConfig
@@ -17,15 +16,6 @@ COLOURS = np.array([[180, 60, 60], [60, 180, 60], [60, 60, 180], [150, 150, 40]]
 CONFIG = ModelConfig(
     image_size=16, patch_size=4, block_size=2, embed_dim=32, depth=2, num_heads=2, predictor=None
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operations this small are faster on one thread, and much faster where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class ToySource(Source):
