@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nextblock.launch import LaunchError, World, find_world, requeue_job
+from nextblock.launch import LaunchError, World, find_world, launch, requeue_job
 from nextblock.train.distributed import DistributedError, meeting_point
 from ranks import run_ranks
 from tiny_runs import After, Quiet, settings, write_images
@@ -148,3 +148,10 @@ def test_rank_0_requeues_once_all_have_saved_if_asked(slurm, tmp_path: Path, req
     assert [end[1][-1].startswith("job 7 is back") for end in ends] == [requeue, False]
     calls = (slurm / "calls").read_text() if requeue else "scontrol requeue 7"
     assert calls.count("scontrol requeue 7") == 1
+
+
+def test_a_launcher_that_has_ended_leaves_the_signal_handlers_as_they_were():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    assert launch("presets", [], devices=1, device="cpu") == 0
+    assert [signal.getsignal(number) for number in numbers] == before

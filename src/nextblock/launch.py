@@ -109,6 +109,8 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
     options += [f"{name}={value}" for name, value in later.items() if name in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
     logging.disable(logging.ERROR)  # the launcher's errors; each process reports its own
+    numbers = [getattr(signal, name) for name in SIGNALS.split(",")]
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         run(parser.parse_args([*options, "-m", "nextblock", verb, *words]))
     except ChildFailedError as error:
@@ -126,6 +128,9 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
         return 128 + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)
+        # The launcher leaves its own handlers, which processes forked later would inherit and not end by.
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
