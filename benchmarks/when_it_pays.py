@@ -84,7 +84,7 @@ def pretrain(
 ) -> Path:
     """Train as for docs/results/targets.md, and keep a checkpoint every 1,024 images."""
     train, test = sources(root, name)
-    changes = VARIANTS[variant] if rate is None else {"optim.lr": rate}
+    changes: dict[str, Any] = VARIANTS[variant] if rate is None else {"optim.lr": rate}
     variant = variant if rate is None else f"lr {rate:g}"
     if "data.train" in changes:
         train = changes["data.train"].format(root=root)

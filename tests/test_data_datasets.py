@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def parquet(path: Path, columns: dict) -> str:
 def shelf(tmp_path_factory) -> Path:
     """Saved datasets of no split, one and two, parquet files, and a folder of pictures with a link to it."""
     shelf = tmp_path_factory.mktemp("shelf")
-    rows = [{"bytes": png(value), "path": f"{value}.png"} for value in (10, 20, 30)]
+    rows: list[Any] = [{"bytes": png(value), "path": f"{value}.png"} for value in (10, 20, 30)]
     rows[2:2] = [{"bytes": b"\x89PNG\r\n\x1a\nbroken", "path": "x.png"}, None]
     dataset(rows, datasets.Image(decode=False), label=[0, 1, 1, 0, 1]).save_to_disk(shelf / "cats")
     dataset(rows[:2], fine_label=[-1, 1], coarse=[0, 1]).save_to_disk(shelf / "fine")

@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
@@ -170,8 +171,9 @@ def test_a_shard_that_changes_or_cannot_be_had_stops_a_worker_with_one_line(serv
     server.faults["s-0.tar"] = ["503"] * 9
     os.utime(server.root / "s-1.tar", (1e9, 1e9))
     for index, message in ((0, "cannot be fetched"), (4, "has changed on the server")):
+        one: Any = [index]
         with pytest.raises(RemoteError, match=rf"^http.*/s-.\.tar {message}.*$") as caught:
-            list(DataLoader([index], num_workers=1, collate_fn=lambda found: source.read(*found)))
+            list(DataLoader(one, num_workers=1, collate_fn=lambda found: source.read(*found)))
         assert "\n" not in str(caught.value)
     assert not copies(data)
     again = open_source(f"{server.url}/s-1.tar", data)  # the changed one is another shard

@@ -33,7 +33,7 @@ def test_weights_and_positions_have_deviation_002_biases_are_zero_and_norms_begi
     sizes = {"embed_dim": 192, "projection_dim": 256, "predictor_dim": 128, "predictor_heads": 2}
     sizes |= {"block_mlp_dim": 96, "image_size": 64, "patch_size": 8, "num_predicted_blocks": 2}
     with seeded(0):
-        fresh = NextBlockModel(tiny_config(**sizes))
+        fresh: Any = NextBlockModel(tiny_config(**sizes))
     linear, norms = (list(modules_of(fresh, kind).values()) for kind in (nn.Linear, nn.LayerNorm))
     assert (len(linear), len(norms)) == (2 * 4 + 2 * 4 + 2 + 2 * 2, 2 * (2 * 2 + 1))
     for module in linear:
