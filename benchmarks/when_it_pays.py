@@ -286,9 +286,11 @@ def longer_own(root: Path, methods: list[str]) -> None:
     def train(rate: float, seed: int = 0) -> str:
         return str(pretrain(root, "solar", seed, images, rate=rate))
 
+    usual = targets.COMMON["optim.lr"]
     best = tuned_rate(root, "nextblock", OWN_RATES, train)
     for seed in SEEDS:
-        for name, rate in (("nextblock, longer", targets.COMMON["optim.lr"]), (f"nextblock {best:g}", best)):
+        for rate in dict.fromkeys((usual, best)):
+            name = "nextblock, longer" + ("" if rate == usual else f", lr {rate:g}")
             row = {"encoder": name, "seed": seed, "images": images}
             measure(root, "solar", train(rate, seed), row, methods, baselines=True)
 
