@@ -128,7 +128,7 @@ def launch(verb: str, argv: Sequence[str], devices: int, device: str) -> int:
         return 128 + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)
-        # The launcher leaves its own handlers, which processes forked later would inherit and not end by.
+        # The launcher leaves its own handlers. Processes forked later would inherit them and ignore SIGTERM.
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0

@@ -152,7 +152,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
                     "shots": text,
                     "train_images": statistics.mean(learned),
                     "top1": statistics.fmean(top1),
-                    # Of the choice of labelled images; the test images are the same in all draws.
+                    # The error of drawing labelled images; the test images are the same in all draws.
                     "top1_se": None if spread is None else spread / len(top1) ** 0.5,
                     "top1_std": spread,
                     "balanced": statistics.fmean(of_draw["balanced"] for of_draw in measured),

@@ -438,7 +438,7 @@ class _Probe:
         return Result(verb="probe", rows=tuple(self.rows), notes=notes, facts=facts, rights=self.rights)
 
     def _readable(self, part: _Part) -> Int64[np.ndarray, " n"]:
-        # A part may be some of the images of its source, which the unreadable ones are numbered in.
+        # Unreadable images are numbered in their source, of which a part may be only some.
         bad = [sample.sample for sample in self.opened.bad.get(part.purpose, (None, ()))[1]]
         return part.numbers[~np.isin(part.numbers, bad)]
 
