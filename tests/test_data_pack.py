@@ -163,6 +163,26 @@ def test_packing_again_reads_the_result_and_other_settings_or_contents_are_refus
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]  # nor is it marked as output
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"shards": [1]},
+        {"shards": [{"name": "shard-000000.tar"}]},
+        {"settings": 3},
+        {"samples": ...},
+        {"finished": ...},
+    ],
+)
+def test_a_damaged_manifest_is_named_and_nothing_is_overwritten(folder, tmp_path, damage):
+    packed(folder, tmp_path / "out")
+    written, path = shards(tmp_path / "out"), tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text()) | damage
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(.*\); remove .*out"):
+        packed(folder, tmp_path / "out")
+    assert shards(tmp_path / "out") == written
+
+
 def test_a_shard_that_is_lost_or_cut_is_written_again(folder, tmp_path, caplog):
     done = packed(folder, tmp_path / "out", shard_mb=SMALL)
     manifest = (tmp_path / "out" / "manifest.json").read_text()
@@ -180,11 +200,17 @@ def test_images_that_became_readable_are_packed_and_a_cut_source_is_told(folder,
     strict = replace(DATA, max_bad_fraction=0.01)
     with pytest.raises(TooManyBadImages, match="2 of 8 files cannot be read"):
         packed(folder, tmp_path / "out", strict)
+    quarantine = tmp_path / "out" / "quarantine.jsonl"
+    noted = quarantine.read_text()
+    quarantine.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"quarantine\.jsonl, line 1, is damaged"):
+        packed(folder, tmp_path / "out", strict)
+    quarantine.write_text(noted)
     for path in folder.glob("dog/broken*"):
         path.write_bytes((folder / "dog" / "0000.png").read_bytes())
     done = packed(folder, tmp_path / "out", strict)
     assert (done.samples, done.bad) == (8, 0)
-    assert not (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert not quarantine.read_text()
     (tmp_path / "cut.tar").write_bytes(Path(done.spec).read_bytes()[:3000])
     done = packed(tmp_path / "cut.tar", tmp_path / "again")
     assert (done.bad, done.damage[0][:22]) == (0, "cut.tar: the file ends")

@@ -125,12 +125,15 @@ def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
         (f"# of: digits\n{10**30}\n", "the list names image 9223372036854775807, but 'digits' has 1797"),
         ("# of: digits\n5\n5\n", "the list names an image twice"),
         ("# of: digits\n# fingerprint: other\n5\n", "'digits' is not what the list was drawn from"),
+        ("# of: subset:again.txt\n0\n", "the list 'few.txt' names itself as its source; draw it again"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused(tmp_path, text, message):
+def test_a_list_that_does_not_fit_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "few.txt").write_text(text)
+    (tmp_path / "again.txt").write_text("# of: subset:few.txt\n0\n")
     with pytest.raises(ValueError, match=message):
-        opened(f"subset:{tmp_path / 'few.txt'}")
+        opened("subset:few.txt")
 
 
 def test_a_list_holds_from_any_directory_and_names_the_source_that_is_missing(tmp_path, monkeypatch):

@@ -51,6 +51,9 @@ _STARTS = {
     **dict.fromkeys(TIFF_STARTS, "tif"),
 }
 
+# What a finished manifest says besides its shards.
+_TOTALS = ("samples", "images", "bad", "damage")
+
 
 class Packed(NamedTuple):
     """What was written; `spec` names it as a source."""
@@ -99,7 +102,7 @@ def pack(
         spec=str(dst / f"shard-{span}.tar"),
         shards=len(shards),
         num_bytes=sum(shard["bytes"] for shard in shards),
-        **{name: manifest[name] for name in ("samples", "images", "bad", "damage")},
+        **{name: manifest[name] for name in _TOTALS},
     )
 
 
@@ -110,16 +113,17 @@ def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:
         write_text(path, json.dumps({"finished": False, "settings": settings, "shards": []}))
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        saved, shards = manifest["settings"], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        saved, shards = dict(manifest["settings"]), manifest["shards"]
+        sizes = [(dst / shard["name"], int(shard["bytes"]), int(shard["next"])) for shard in shards]
+        _ = [manifest[name] for name in (_TOTALS if manifest["finished"] else ())]
+    except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}); remove {dst}") from error
     differ = [f"{k} {saved.get(k)!r}, not {new!r}" for k, new in settings.items() if saved.get(k) != new]
     if differ:
         raise UsageError(f"{dst} holds shards of other settings ({'; '.join(differ)}); give another folder")
     # Each shard continues the previous one, so a lost shard and all after it are written again.
-    for number, shard in enumerate(shards):
-        path = dst / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+    for number, (path, size, _) in enumerate(sizes):
+        if not path.is_file() or path.stat().st_size != size:
             log.warning("%s is missing or has changed; packing continues from it", path)
             del shards[number:]
             manifest["finished"] = False
@@ -133,9 +137,8 @@ def _write_shards(encoder: _Encoder, dst: Path, manifest: dict[str, Any], progre
     shards, bad = manifest["shards"], dst / "quarantine.jsonl"
     start = shards[-1]["next"] if shards else 0
     # An interrupted call may have recorded bad images of an unfinished shard. They are read again.
-    if bad.exists():
-        noted = bad.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        write_text(bad, "".join(f"{line}\n" for line in noted if json.loads(line)["sample"] < start))
+    if noted := QuarantineLog(bad, len(source), 1).bad:
+        write_text(bad, "".join(json.dumps(one._asdict()) + "\n" for one in noted if one.sample < start))
     quarantine = QuarantineLog(bad, len(source), data.max_bad_fraction)
 
     def finish_shard(members: list[Member], following: int) -> None:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -56,8 +57,11 @@ _URL = re.compile(r"(https?|s3|gs)://")
 _KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9+]+:")
 
 
-def open_source(spec: str, data: DataConfig) -> Source:
-    """Open the source that `spec` names (grammar above); raises `ValueError` if there is nothing to read."""
+def open_source(spec: str, data: DataConfig, *, parents: tuple[Path, ...] = ()) -> Source:
+    """Open the source that `spec` names (grammar above); raises `ValueError` if there is nothing to read.
+
+    `parents` are the lists of images that name this source, each in the one before.
+    """
     if not spec.strip():
         raise UsageError("the name of a source is empty; name a directory of images, or . for this one")
     path, (kind, _, rest) = local_path(spec), spec.partition(":")
@@ -92,7 +96,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
         if kind == "files":
             return open_list(spec, local_path(rest), data)
         if kind == "subset":
-            return _open_subset(spec, data)
+            return _open_subset(spec, data, parents)
         if _URL.match(spec):
             from nextblock.data.sources.remote import RemoteTarSource
 
@@ -109,13 +113,15 @@ def open_source(spec: str, data: DataConfig) -> Source:
     raise UsageError(f"{spec!r}: {problem}; known sources: {KNOWN}")
 
 
-def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
+def _open_subset(spec: str, data: DataConfig, parents: tuple[Path, ...]) -> SubsetSource:
     """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; the rest after `of=` is the other source."""
     # The first ,of= is this list's; any others belong to the other source.
     name, _, of = spec.removeprefix("subset:").partition(",of=")
     path = local_path(name)
     if not path.is_file():
         raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
+    if (resolved := path.resolve()) in parents:
+        raise UsageError(f"the list {str(path)!r} names itself as its source; draw it again")
     # Lines of the head are "# key: value"; the first describes the file, and its key is ignored.
     head: dict[str, str] = {}
     numbers = []
@@ -135,7 +141,7 @@ def _open_subset(spec: str, data: DataConfig) -> SubsetSource:
     if not of:
         raise UsageError(f"{spec!r}: the list names no source; write subset:{name},of=SPEC")
     try:
-        source = open_source(of, data)
+        source = open_source(of, data, parents=(*parents, resolved))
     except ValueError as error:
         remedy = f"if the list's source has moved, write subset:{name},of=SPEC"
         raise UsageError(f"{spec!r}: {error}; {remedy}") from error
