@@ -46,6 +46,10 @@ def test_colours_are_told_apart_shuffled_labels_are_not_and_without_labels_there
     found = measured(ToySource(96), ToySource(48, seed=1), batch_size=20)
     assert found["knn/top1"] > 0.95
     assert 1 < found["rankme"] < 32
+    shown: list[tuple[int, int]] = []
+    event = EVENT._replace(progress=lambda *done: shown.append(done))
+    assert measured(ToySource(96), ToySource(48, seed=1), batch_size=20, event=event) == found
+    assert shown == [(done, 144) for done in (20, 40, 48, 68, 88, 108, 128, 144)]
     assert measured(ToySource(200, shuffled=True), ToySource(100, seed=1))["knn/top1"] < 0.45
     assert measured(None, ToySource(48, seed=1), batch_size=20) == {"rankme": found["rankme"]}
 

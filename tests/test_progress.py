@@ -109,8 +109,26 @@ def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     reporter._began_s -= 40
     reporter.update(TICK._replace(step=4))
     assert reporter.finishing() == "finishing step 5, about 10 s"
-    reporter.busy_with = "validation"
-    assert reporter.finishing() == "finishing validation"
+    with reporter.busy("the validation"):
+        assert reporter.finishing() == "finishing the validation"
+    assert reporter.finishing() == "finishing step 5, about 10 s"
+
+
+def test_a_measurement_shows_its_progress_if_it_takes_long():
+    reporter = Reporter(shown := console())
+    with reporter.busy("the monitors"):
+        reporter.measuring("features", 10, 10_000)
+        reporter._work_began_s -= 20
+        reporter.measuring("features", 2_000, 10_000)
+        reporter.measuring("features", 3_000, 10_000)  # the last line is not ten seconds old
+    assert written(shown) == "measuring features · 2,000 of 10,000 images · 1 min 20 s left\n"
+    reporter = Reporter(shown := console(is_terminal=True))
+    with reporter:
+        reporter.begin(0, 10)
+        with reporter.busy("the monitors"):
+            reporter._work_began_s -= 20
+            reporter.measuring("features", 2_000, 10_000)
+    assert "measuring features · 2,000 of 10,000 images" in written(shown)
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal():

@@ -63,10 +63,18 @@ class FeatureMonitor:
     def __call__(self, model: NextBlockModel, event: MonitorEvent) -> dict[str, float]:
         """Measure the model now; empty if its features cannot be used, or if the run should stop."""
         found: list[tuple[Tensor, np.ndarray]] = []  # features and indices of the images of each source
-        for source, purpose in ((self._source, "knn val"), (self._train, "knn train")):
-            if source is None:
-                continue
-            indices = np.sort(keyed_permutation(self._seed, len(source), purpose)[: self._max_samples])
+        chosen = [
+            (source, np.sort(keyed_permutation(self._seed, len(source), purpose)[: self._max_samples]))
+            for source, purpose in ((self._source, "knn val"), (self._train, "knn train"))
+            if source is not None
+        ]
+        total, before = sum(len(indices) for _, indices in chosen), 0
+
+        def progress(done: int, _: int) -> None:
+            if event.progress is not None:
+                event.progress(before + done, total)
+
+        for source, indices in chosen:
             table = FeatureTable(
                 lambda images: (reduce(model.encode(images).tokens.float(), "b n d -> b d", "mean"),),
                 source,
@@ -77,13 +85,14 @@ class FeatureMonitor:
                 group=event.group,
             )
             try:
-                if not table.fill(indices, should_stop=event.should_stop):
+                if not table.fill(indices, should_stop=event.should_stop, progress=progress):
                     return {}
             except (NonFiniteFeaturesError, NoFeaturesError) as error:
                 log.warning("kNN and RankMe are not measured at step %d: %s", event.step, error)
                 return {}
             readable = table.readable(indices)
             found.append((table.read(readable), readable))
+            before += len(indices)
         if not event.group.is_main:
             return {}
         (queries, asked), *others = found

@@ -162,14 +162,13 @@ class Reporter:
         self.is_quiet = is_quiet
         """Whether another rank reports instead."""
         self.console = console or Console(stderr=True, quiet=is_quiet)
-        self.busy_with = ""
-        """Current work other than a step, such as "validation"."""
+        self._busy_with = ""
         self._bar: Progress | None = None
         self._log_streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._task = TaskID(0)
         self._first = self._done = 0.0
         self._total = 0
-        self._began_s = self._step_began_s = time.monotonic()
+        self._began_s = self._step_began_s = self._work_began_s = time.monotonic()
         self._line_s = -math.inf
         self._text = ""
 
@@ -209,6 +208,29 @@ class Reporter:
                 self._log_streams.append((handler, stderr))
                 handler.setStream(sys.stderr)
 
+    @contextmanager
+    def busy(self, work: str) -> Iterator[None]:
+        """Meanwhile, work other than a step is done, such as "the checkpoint of step 9"."""
+        self._busy_with, self._work_began_s = work, time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_with = ""
+
+    def measuring(self, what: str, done: int, total: int) -> None:
+        """Show how many of the images of a measurement are done, if it takes long."""
+        now_s = time.monotonic()
+        took_s = now_s - self._work_began_s
+        if took_s < LINE_EVERY_S or not done:
+            return
+        left = clock(took_s / done * (total - done))
+        text = f"measuring {what} · {done:,} of {total:,} images · {left} left"
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        elif now_s - self._line_s >= LINE_EVERY_S:
+            self._line_s = now_s
+            self.note(text)
+
     def within(self, step: int, share: float) -> None:
         """Show progress within the step after `step`; `share` of it is done."""
         self._done = step + share
@@ -228,8 +250,8 @@ class Reporter:
 
     def finishing(self) -> str:
         """Current work and its remaining time; shown on the first Ctrl-C, called from another thread."""
-        if self.busy_with:
-            return f"finishing {self.busy_with}" + ("" if self._done else " (no finished step to save yet)")
+        if self._busy_with:
+            return f"finishing {self._busy_with}" + ("" if self._done else " (no finished step to save yet)")
         step = f"finishing step {math.floor(self._done) + 1}"
         done, now_s = self._done - self._first, time.monotonic()
         if done <= 0:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,21 +321,19 @@ def train(
                 metrics.write(kind, trainer.step, values)
             latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
-        def validate() -> None:
+        def validate(val: Source) -> None:
             """Measure the validation loss; give up if the run is asked to stop meanwhile."""
-            assert val is not None
-            reporter.busy_with = "a batch of the validation"
-            batches = eval_batches(
-                val,
-                data,
-                config.model.image_size,
-                micro or loader.batch_size,
-                workers=resolve_workers(data.workers, val, group.sharing_cores),
-                rank=group.rank,
-                world_size=group.size,
-            )
-            measured = trainer.validate(batches, lambda: stop)
-            reporter.busy_with = ""
+
+            def batches() -> Iterator[Batch]:
+                done, size, image_size = 0, micro or loader.batch_size, config.model.image_size
+                workers = resolve_workers(data.workers, val, group.sharing_cores)
+                for batch in eval_batches(val, data, image_size, size, None, workers, group.rank, group.size):
+                    yield batch
+                    done += group.size * (len(batch.samples) + len(batch.bad))
+                    reporter.measuring("the validation loss", min(done, len(val)), len(val))
+
+            with reporter.busy("a batch of the validation"):
+                measured = trainer.validate(batches(), lambda: stop)
             if measured is None:
                 return interrupted.add("val")
             values, bad = measured
@@ -351,14 +350,13 @@ def train(
                     interrupted.add("monitor")
                 return "monitor" in interrupted
 
-            event = MonitorEvent(trainer.step, out, device, group, should_stop, metrics and metrics.image)
+            image, progress = metrics and metrics.image, partial(reporter.measuring, "features")
+            event = MonitorEvent(trainer.step, out, device, group, should_stop, image, progress)
             values: dict[str, float] = {}
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
-                    reporter.busy_with = "a batch of the monitors"
-                    with trainer.evaluating() as model:
+                    with reporter.busy("a batch of the monitors"), trainer.evaluating() as model:
                         values |= group.broadcast(monitor(model, event))
-                    reporter.busy_with = ""
             if values and "monitor" not in interrupted:
                 record("monitor", values)
 
@@ -372,27 +370,26 @@ def train(
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
                 raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy()}")
-            reporter.busy_with = f"the checkpoint of step {trainer.step}"
-            with group.together():
-                if metrics is not None:
-                    run.check_present()
-                    # Sync the loss curve before the checkpoint appears. Otherwise a power cut could leave a
-                    # checkpoint without the metrics up to it, and the curve would have a gap.
-                    metrics.sync()
-            step, best, best_step = trainer.step, keeping.record(), keeping.step
-            saver.wait()
-            snapshot = trainer.snapshot(interrupted, copied=saver.in_background)
+            with reporter.busy(f"the checkpoint of step {trainer.step}"):
+                with group.together():
+                    if metrics is not None:
+                        run.check_present()
+                        # Sync the loss curve before the checkpoint appears. Otherwise a power cut could
+                        # leave a checkpoint without the metrics up to it, and the curve would have a gap.
+                        metrics.sync()
+                step, best, best_step = trainer.step, keeping.record(), keeping.step
+                saver.wait()
+                snapshot = trainer.snapshot(interrupted, copied=saver.in_background)
 
-            def write(group: Group) -> None:
-                write_snapshot(run.checkpoints, snapshot, step, group, data=data)
-                if group.is_main:
-                    if best_step:
-                        run.write("best.json", best)
-                    prune_checkpoints(run.checkpoints, config.checkpoint.keep, keep_every, best=best_step)
+                def write(group: Group) -> None:
+                    write_snapshot(run.checkpoints, snapshot, step, group, data=data)
+                    if group.is_main:
+                        if best_step:
+                            run.write("best.json", best)
+                        prune_checkpoints(run.checkpoints, config.checkpoint.keep, keep_every, best=best_step)
 
-            saver.save(write)
-            saved_step, saved_at_s, is_best = trainer.step, time.monotonic(), False
-            reporter.busy_with = ""
+                saver.save(write)
+                saved_step, saved_at_s, is_best = trainer.step, time.monotonic(), False
 
         # ---------------------------------------------------------------------------------------- the loop
         with stop_on_signals(reporter.finishing, is_quiet=not group.is_main) as stop, reporter:
@@ -405,7 +402,7 @@ def train(
             elif not is_over():
                 # Repeat the measurements that the last signal interrupted.
                 if val is not None and "val" in trainer.interrupted:
-                    validate()
+                    validate(val)
                 if "monitor" in trainer.interrupted:
                     observe()
                 is_best = False  # a best found here already has a checkpoint: the one resumed from
@@ -470,7 +467,7 @@ def train(
                     has_warned = warning is not None
 
                 if val is not None and is_time(val_every):
-                    validate()
+                    validate(val)
                 observe()
 
                 # Checkpoint, but not after a non-finite step: that could prune the checkpoints before it.

@@ -48,6 +48,8 @@ class MonitorEvent(NamedTuple):
     """Whether the run was asked to stop; results are then dropped. All ranks must call it equally often."""
     log_image: LogImage | None = None
     """Sends a picture to the run's loggers; None on ranks without loggers."""
+    progress: Callable[[int, int], None] | None = None
+    """Shows how many images are done, of how many, if a measurement takes long."""
 
 
 @runtime_checkable
