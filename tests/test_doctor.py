@@ -281,7 +281,8 @@ def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a
     [
         (("nowhere",), "there is no such directory"),
         (("digits", "--samples", 0), "samples is '0'; it must be a whole number from 1 or none"),
-        (("digits", "--out", "/dev/null/x.json"), "cannot be written; name"),
+        (("digits", "--out", "/dev/null/x.json"), "cannot make or write the directory /dev/null"),
+        (("digits", "--out", "/"), "--out / cannot be written; name another file"),
     ],
 )
 def test_wrong_usage_ends_with_code_2_before_anything_is_read(cli, words, message):

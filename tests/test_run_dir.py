@@ -1,5 +1,6 @@
 """What may train in a directory: the same run, known by its settings and its images, and nothing else."""
 
+import errno
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nextblock import pretrain
-from nextblock.atomic import InUseError, WriteError, exclusive
+from nextblock import atomic, pretrain
+from nextblock.atomic import InUseError, WriteError, exclusive, make_directory
 from nextblock.config import RunConfig
 from nextblock.data import ConcatSource
+from nextblock.errors import UsageError
 from nextblock.settings import from_dict
 from nextblock.train import DamagedRunError, RunDir, RunDirError
 from tiny_runs import (
@@ -235,14 +237,39 @@ def test_a_directory_with_other_files_is_refused_even_with_overwrite(tmp_path, n
     assert contents(tmp_path) == {tmp_path / name: b"years: of work"}, "not even a lock"
 
 
-def test_a_file_in_the_place_is_refused(tmp_path, monkeypatch):
+def test_a_place_that_cannot_have_a_directory_is_refused_by_cause(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
-    not_a_run, cannot = "exists and is not a run", r"cannot make or write the directory .*; choose"
-    for path, message in (("file", not_a_run), (".", not_a_run), ("file/run", cannot), ("link", cannot)):
-        with pytest.raises(RunDirError, match=message):
+    for path in ("file", "."):
+        with pytest.raises(RunDirError, match="exists and is not a run"):
             run_toy(Path(path))
+    for path, why in {
+        "file/run": "file is a file",
+        "link": "link is a link to nowhere, which does not exist",
+        "link/runs/1": "link is a link to nowhere, which does not exist",
+        "/proc/run": "No such file or directory",
+    }.items():
+        told = f"^cannot make or write the directory {path}: {why}; choose another place$"
+        with pytest.raises(UsageError, match=told):
+            run_toy(Path(path))
+        with pytest.raises(UsageError, match=told):
+            make_directory(Path(path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_full_disk_is_told_and_no_directory_is_left(tmp_path, monkeypatch, is_new):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(atomic, "mark_output", full)
+    if not is_new:
+        (tmp_path / "out").mkdir()
+    told = r"could not make the directory .*out: No space left on device; make room"
+    with pytest.raises(WriteError, match=told), exclusive(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").exists() == (not is_new)
 
 
 def test_an_overwritten_run_begins_anew_and_if_stopped_is_resumed_by_the_same_command(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -39,21 +40,45 @@ def mark_output(directory: Path) -> None:
     (directory / OUTPUT_MARK).touch()
 
 
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents, if it does not exist; raises `UsageError` or `WriteError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def _unusable(directory: Path, error: OSError) -> Exception:
+    """The error of a directory that cannot be made or written in, by cause."""
+    why = error.strerror or str(error)
+    with suppress(OSError):  # the parents may be unreadable too
+        for place in (directory, *directory.parents):
+            if place.is_symlink() and not place.exists():
+                why = f"{place} is a link to {place.readlink()}, which does not exist"
+            elif place.is_file():
+                why = f"{place} is a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return WriteError(f"could not make the directory {directory}: {why}; make room, or choose another")
+    return UsageError(f"cannot make or write the directory {directory}: {why}; choose another place")
+
+
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Create and mark a directory, and lock it: only one process writes to it at a time.
 
-    Raises `InUseError`, which names the other process, if the lock is taken.
+    Raises `InUseError`, which names the other process, if the lock is taken, and like `make_directory`.
     """
     from filelock import FileLock, Timeout
 
-    directory.mkdir(parents=True, exist_ok=True)
-    mark_output(directory)
     owner = directory / f"{OUTPUT_MARK}-owner"
     # An operating-system lock, not the mere presence of a file: it ends with its process, even after a kill
     # or a reboot. `-owner` only tells others who holds it.
     lock = FileLock(directory / f"{OUTPUT_MARK}-lock", timeout=0)
+    is_new = False
     try:
+        is_new = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        mark_output(directory)
         lock.acquire()
     except Timeout as error:
         try:
@@ -64,6 +89,11 @@ def exclusive(directory: Path) -> Iterator[None]:
         raise InUseError(
             f"{directory} is being written by {who}; wait until it ends, or choose another directory"
         ) from error
+    except OSError as error:
+        if is_new:  # a full disk may take a directory, but no file in it
+            with suppress(OSError):
+                directory.rmdir()
+        raise _unusable(directory, error) from error
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))

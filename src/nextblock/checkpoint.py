@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextblock.atomic import remove, write_aside
+from nextblock.atomic import make_directory, remove, write_aside
 from nextblock.config import DataConfig, ModelConfig
 from nextblock.errors import UsageError
 from nextblock.logs import counted
@@ -142,7 +142,7 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mappi
 
 def save_classifier(directory: Path, classifier: ImageClassifier, *, data: DataConfig | None = None) -> None:
     """Write a classifier as `directory/model.safetensors`; the directory appears whole or not at all."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
     with write_aside(directory) as aside:
         aside.mkdir()
         save_model(aside / MODEL_FILE, classifier, data=data)

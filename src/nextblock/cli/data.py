@@ -207,15 +207,16 @@ def doctor(argv: Sequence[str]) -> int:
     given = {name: value for name, value in vars(options).items() if name.startswith("data.")}
     run = resolve(get_preset(config.model).config, given)
     settings, model, size_problem = run.data, run.model, None
+
+    from nextblock.atomic import make_directory, write_text
+
     out = None if config.out is None else Path(config.out)
     if out is not None:
         # Refuse a bad path now, not after hours of reading.
-        existing = next(path for path in (out, *out.parents) if path.exists())
-        is_writable = os.access(existing, os.W_OK) and (existing != out) == existing.is_dir()
+        make_directory(out.parent)
+        is_writable = os.access(out.parent, os.W_OK) and not out.is_dir()
         require(is_writable, f"--out {out} cannot be written; name another file")
-        out.parent.mkdir(parents=True, exist_ok=True)
 
-    from nextblock.atomic import write_text
     from nextblock.data import open_source, open_sources, resolve_workers
     from nextblock.data.doctor import check, crops_per_core_s, examine
 

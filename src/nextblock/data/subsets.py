@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from nextblock.atomic import write_aside, writing
+from nextblock.atomic import make_directory, write_aside, writing
 from nextblock.data.random import keyed_permutation
 from nextblock.data.sources import Source, absolute_spec
 from nextblock.data.sources.base import text
@@ -164,8 +164,8 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
     content = b"\n".join(lines) + b"\n"
     if path.is_file() and path.read_bytes() == content:  # the same command, repeated
         return spec
+    make_directory(path.parent)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Only one of several processes creates the file. The list then replaces the empty file, whole.
             path.touch(exist_ok=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nextblock.atomic import write_aside
+from nextblock.atomic import make_directory, write_aside
 from nextblock.errors import UsageError
 
 KEY = b"nextblock"
@@ -28,7 +28,7 @@ def pyarrow() -> Any:
 def write_parquet(path: Path, tables: Iterable[Any], about: Mapping[str, Any]) -> None:
     """Write pyarrow tables of one schema, one after the other; store `about` as JSON in the metadata."""
     pa = pyarrow()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with write_aside(path) as aside:
         writer = None
         for table in tables:

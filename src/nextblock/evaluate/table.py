@@ -28,7 +28,7 @@ from filelock import FileLock
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from nextblock.atomic import WriteError, mark_output, write_text, writing
+from nextblock.atomic import WriteError, make_directory, mark_output, write_text, writing
 from nextblock.config import DataConfig, Size, pair
 from nextblock.data import (
     BadSample,
@@ -282,8 +282,8 @@ def check_bad(bad: Sequence[BadSample], source: Source, data: DataConfig) -> Non
 
 def _make(path: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     """Make an empty table unless there is one. about.json is written last, and marks the files complete."""
+    make_directory(path)
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
         mark_output(path.parent)
     # Two commands may share a cache: the second must not empty the files that the first is filling.
     with writing(path), FileLock(path / ".lock"):

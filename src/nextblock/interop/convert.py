@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nextblock.atomic import write_aside
-from nextblock.checkpoint import MODEL_FILE, RECORDED_DATA, CheckpointError, save_model, write_safetensors
+from nextblock.atomic import make_directory, write_aside
+from nextblock.checkpoint import MODEL_FILE, RECORDED_DATA, save_model, write_safetensors
 from nextblock.config import Attention, DataConfig, ModelConfig, Size, pair
 from nextblock.interop.cards import CARD_FILE, UNSPECIFIED, Provenance, model_card, read_provenance
 from nextblock.interop.files import MAIN_FILES, WEIGHT_SUFFIXES, LoadOptions
@@ -114,13 +114,7 @@ def convert(
             else:
                 _write_own(found, folder, address=str(dst), **shared)
             return Converted(to, push(folder, str(dst)), _num_bytes(folder), None)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: the directory {path.parent} cannot be created ({error.strerror}); "
-            "choose another place"
-        ) from error
+    make_directory(path.parent)
     difference = None
     if to == "onnx":
         difference = write_onnx(found.model, path, layers=layers, **shared, **other)
@@ -161,9 +155,6 @@ def _place(dst: str | Path, to: Target) -> Path | None:
     # An existing empty directory is fine, but not for a file.
     taken = to == "onnx" or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
-    # Checked now, so that a long conversion does not fail at the end.
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    require(above.is_dir(), f"{path} cannot be written: {above} is a file; name a place in a directory")
     return path
 
 

@@ -106,13 +106,7 @@ class RunDir:
                 raise DamagedRunError(f"{self.path} is a run that lacks {', '.join(missing)}; {LOST}")
             raise RunDirError(f"{self.path} exists and is not a run; choose another --out, or empty it")
         with ExitStack() as stack:
-            # Only errors from locking concern the directory, not those raised by the run inside.
-            try:
-                stack.enter_context(exclusive(self.path))
-            except OSError as error:
-                raise RunDirError(
-                    f"cannot make or write the directory {self.path}: {error.strerror}; choose another --out"
-                ) from error
+            stack.enter_context(exclusive(self.path))
             try:
                 yield
             finally:

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextblock.atomic import mark_output, write_aside
+from nextblock.atomic import make_directory, mark_output, write_aside
 
 INK = "#1f2328"
 MUTED = "#656d76"
@@ -41,10 +41,11 @@ def save_png(
     figure: Figure, path: Path, *, dpis: Sequence[int] = (200,), max_bytes: int | None = None
 ) -> None:
     """Write a PNG atomically, at the first of `dpis` that stays under `max_bytes`, or the last."""
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True)
-        mark_output(path.parent)
+    is_new = not path.parent.exists()
+    make_directory(path.parent)
     with write_aside(path) as aside:
+        if is_new:
+            mark_output(path.parent)
         for dpi in dpis:
             figure.savefig(aside, format="png", dpi=dpi, facecolor="white")
             if max_bytes is None or aside.stat().st_size <= max_bytes:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from nextblock.atomic import write_aside, write_text
+from nextblock.atomic import make_directory, write_aside, write_text
 from nextblock.checkpoint import save_classifier
 from nextblock.data import BadSample, Batch, TrainLoader, eval_batches, keyed_seed, normalize, resolve_workers
 from nextblock.data.augment import TimmCrop
@@ -310,7 +310,7 @@ class _Probe:
 
         def save() -> None:
             if path is not None and step:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(path.parent)
                 state = {
                     "step": step,
                     "heads": grid.state_dict(),

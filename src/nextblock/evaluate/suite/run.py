@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nextblock.atomic import exclusive, write_text
+from nextblock.atomic import exclusive, make_directory, write_text
 from nextblock.config import DataConfig
 from nextblock.data import open_source
 from nextblock.data.sources import absolute_spec
@@ -141,7 +141,7 @@ def sources_of(bench: Benchmark, root: str, lists: Path) -> list[str]:
         why = f"{type(error).__name__}: {error}"
         raise UsageError(f"cannot read the annotations in {folder} ({why}); {how}") from error
     # Splits are subsets of one list of all images, so that train and test have the same classes.
-    lists.mkdir(parents=True, exist_ok=True)
+    make_directory(lists)
     everything = lists / f"{bench.name}.txt"
     write_text(everything, "".join(f"{folder}/{path}\t{label}\n" for _, path, label in images))
     specs = []
