@@ -91,6 +91,12 @@ class Stopped(RuntimeError):  # noqa: N818 - the name that users see
     [
         (KeyError("surprise"), 1, "KeyError: 'surprise'; run it again with --debug to see where"),
         (ValueError("of numpy"), 1, "ValueError: of numpy; run it again with --debug to see where"),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            2,
+            "'a/b': Permission denied; check the path and its permissions",
+        ),
+        (OSError(5, "I/O error", "a/b"), 1, "OSError: [Errno 5] I/O error: 'a/b'; run it again with --debug"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Stopped("saved; run the same command again"), 143, "saved; run the same command again"),
     ],
@@ -100,7 +106,19 @@ def test_an_unforeseen_error_and_ctrl_c_are_one_line(tiny, monkeypatch, error, c
         raise error
 
     monkeypatch.setattr("nextblock.pretraining._monitors", broken)
-    assert refused(tiny(), code=code).endswith(message)
+    assert message in refused(tiny(), code=code)
+
+
+@pytest.mark.parametrize("words", ["--help", "doctor é --json --workers 0 --out r.json"])
+@pytest.mark.parametrize("output", [">&-", "| true", ""])
+def test_an_output_that_is_closed_gone_or_of_few_letters_costs_nothing(words, output, tmp_path):
+    write_images(tmp_path / "é", 1)
+    command = ["bash", "-c", f"{sys.executable} -m nextblock {words} {output}"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert "Error" not in done.stderr
+    assert (tmp_path / "r.json").is_file() == words.startswith("doctor")
+    assert output or done.stdout
 
 
 def test_debug_shows_where_an_error_comes_from(cli):

@@ -11,11 +11,14 @@ import subprocess
 import tarfile
 import zipfile
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
+from nextblock.config import DataConfig
 from nextblock.data import BadImageError
 from nextblock.data.sources import archives
+from nextblock.errors import UsageError
 from sources import archive, classes, names, opened, png, reds
 
 END = bytes(1024)
@@ -182,9 +185,11 @@ def test_labels_come_from_cls_then_json_then_folders(tmp_path, members, expected
         (sample("1", json='{"cls"'), "1.json is not JSON"),
     ],
 )
-def test_missing_and_unusable_labels_are_told_only_when_asked_for(tmp_path, members, message):
+def test_missing_and_unusable_labels_are_told_only_when_asked_for(tmp_path, members, message, caplog):
+    caplog.set_level(logging.INFO, logger="nextblock")
     source = opened(archive(tmp_path / "x.tar", members))
     assert not source.has_labels
+    assert ("add .cls members" in caplog.text) == ("of its" in message)
     with pytest.raises(ValueError, match=message):
         _ = source.labels
 
@@ -238,8 +243,18 @@ def test_without_a_place_beside_the_tar_the_index_lies_in_the_cache_or_nowhere(t
     (tmp_path / "file").touch()
     assert reds(opened(path, cache_dir=str(tmp_path / "file"))) == [1]
     opened(path, cache_dir=str(tmp_path / "cache"))
-    monkeypatch.setattr(archives, "build_index", None)
-    assert reds(opened(path, cache_dir=str(tmp_path / "cache"))) == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "build_index", None)
+        assert reds(opened(path, cache_dir=str(tmp_path / "cache"))) == [1]
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert reds(opened(path)) == [1]
+    with pytest.raises(UsageError, match=r"no cache folder \(no home\); set data.cache_dir"):
+        archives.cache_dir(DataConfig(), "remote")
 
 
 CUT = "the header at byte 1,024 is cut off"

@@ -80,6 +80,12 @@ def test_files_of_a_torchvision_dataset_are_decoded_by_the_rules_of_all_files(tm
     assert (source.labels.tolist(), source.class_names) == ([0, 1], ("cat", "dog"))
     assert source.name(1).endswith("dog/2.png")
     assert source.read(1)[:, 0, 0].tolist() == [128, 128, 128]
+    fingerprint = source.fingerprint
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert opened(f"torchvision:ImageFolder,root={moved}").fingerprint == fingerprint
+    (moved / "dog" / "2.png").rename(moved / "dog" / "3.png")
+    assert opened(f"torchvision:ImageFolder,root={moved}").fingerprint != fingerprint
+    source = opened(f"torchvision:ImageFolder,root={moved}")
     with pytest.raises(BadImageError, match="not an image"):
         source.read(0)
 

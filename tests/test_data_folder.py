@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
+import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,15 +40,30 @@ def test_a_directory_is_searched_in_the_order_of_its_paths_parts_and_the_rest_is
         (tmp_path / name).touch()
     make_images(tmp_path / "run", ["pictures/1.png"])
     mark_output(tmp_path / "run")
-    with caplog.at_level(logging.INFO, logger="nextblock"):
-        source = opened(tmp_path)
+    caplog.set_level(logging.INFO, logger="nextblock")
+    source = opened(tmp_path)
     assert names(source) == ["a/10.png", "a/2.webp", "a/z/1.JPG", "a-b/1.png", "b/1.png", "c.png"]
     kinds = ".txt, no extension, written by nextblock"
     assert f"6 images; ignored 4 files, none with an image's extension ({kinds}) and 2 hidden" in caplog.text
     assert not source.has_labels
+    assert "has no labels: 'c.png' is in no folder; put every image into a folder" in caplog.text
     with pytest.raises(ValueError, match=r"'c\.png' is in no folder"):
         _ = source.labels
+    caplog.clear()
+    assert not opened(tmp_path / "a-b").has_labels
+    assert not caplog.text  # nobody expects labels there
     assert names(opened(tmp_path / "run")) == ["pictures/1.png"]
+
+
+def test_folders_may_be_nested_deeper_than_pythons_stack(tmp_path):
+    make_images(tmp_path, ["a/" * 300 + "x.png"])
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    try:
+        (name,) = names(opened(tmp_path))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert name == "a/" * 300 + "x.png"
 
 
 def test_links_are_followed_but_no_loop_and_broken_ones_are_unreadable(tmp_path):

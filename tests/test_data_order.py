@@ -173,6 +173,7 @@ def test_fewer_images_than_a_batch_are_the_batch_with_a_warning(caplog):
             "'toy-1' has weight 0.001 of 1, which is not one of the 32 samples of an epoch; raise its share "
             "in data.weights, or data.epoch_samples to 1000",
         ),
+        ({"weights": (1e300, 1e-300)}, "samples of an epoch; raise its share in data.weights"),
         ({"epoch_samples": 7}, "data.epoch_samples is 7, less than one batch of 8"),
     ],
 )
@@ -180,6 +181,12 @@ def test_a_share_of_no_sample_and_an_epoch_of_no_batch_are_refused(changes, mess
     with pytest.raises(ValueError) as caught:
         sample_order(mixture(30, 7), replace(DATA, **changes), seed=SEED, batch_size=8)
     assert message in str(caught.value)
+
+
+def test_an_epoch_beyond_the_memory_is_refused():
+    data = replace(DATA, epoch_samples=10**15)
+    with pytest.raises(ValueError, match="no memory for an epoch of 1,000,000,000,000,000 samples; make"):
+        sample_order(mixture(30, 7), data, seed=SEED, batch_size=8)
 
 
 def test_images_names_and_labels_of_a_mixture_are_those_of_its_parts():

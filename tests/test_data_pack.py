@@ -119,7 +119,7 @@ def test_shards_stay_within_their_size_and_are_the_same_bytes_whatever_the_numbe
 
 @pytest.mark.parametrize("tile_px", [None, 8])
 @pytest.mark.parametrize("fault", [ArithmeticError(), OSError(28, "No space left on device")])
-def test_interrupted_packing_ends_with_the_same_bytes(folder, tmp_path, tile_px, fault, monkeypatch):
+def test_interrupted_packing_ends_with_the_same_bytes(folder, tmp_path, tile_px, fault, monkeypatch, caplog):
     packed(folder, tmp_path / "whole", shard_mb=SMALL, tile_px=tile_px)
     is_full = isinstance(fault, OSError)
     place, name = (packing.tarfile.TarFile, "addfile") if is_full else (packing._Encoder, "__call__")
@@ -161,6 +161,21 @@ def test_packing_again_reads_the_result_and_other_settings_or_contents_are_refus
     with pytest.raises(ValueError, match="contains something else; give a new folder"):
         packed("digits", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["cat", "dog"]  # nor is it marked as output
+
+
+def test_other_labels_are_another_result_and_those_that_a_shard_would_change_are_refused(folder, tmp_path):
+    paths = sorted(str(path) for path in folder.rglob("*.png"))
+    (tmp_path / "l.txt").write_text("\n".join(paths))
+    packed(f"files:{tmp_path / 'l.txt'}", tmp_path / "out")
+    (tmp_path / "l.txt").write_text("".join(f"{path}\tx\n" for path in paths))
+    with pytest.raises(ValueError, match=r"shards of other settings \(labels None, not '\w{16}'\)"):
+        packed(f"files:{tmp_path / 'l.txt'}", tmp_path / "out")
+    (folder / "cat").rename(folder / "dog ")
+    with pytest.raises(ValueError, match=r"the class 'dog ' would be lost: .* rename it"):
+        packed(folder, tmp_path / "again")
+    with pytest.raises(ValueError, match="has braces, which would be read as numbers"):
+        packed("digits", tmp_path / "x{1..2}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "l.txt", "out"]
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nextblock.atomic import WriteError
+from nextblock.data import Source
 from nextblock.data.sources import absolute_spec
-from nextblock.data.subsets import draw, draw_per_class, split, write_subset
+from nextblock.data.subsets import draw, draw_per_class, split, write_subsets
 from sources import archive, classes, names, opened, png
 from tiny_runs import call_cli, refused, write_images
 from toy import ToySource
@@ -25,6 +27,10 @@ def digits():
     return opened("digits")
 
 
+def write_subset(path: Path, source: Source, numbers: np.ndarray) -> str:
+    return write_subsets(source, {path: numbers})[0]
+
+
 def test_what_is_drawn_is_a_function_of_the_seed_on_every_platform(digits):
     assert draw(digits, 5, seed=0).tolist() == [432, 698, 1456, 1670, 1783]
     assert draw_per_class(digits, 3, seed=0)[:5].tolist() == [94, 190, 320, 348, 407]
@@ -32,6 +38,14 @@ def test_what_is_drawn_is_a_function_of_the_seed_on_every_platform(digits):
     assert np.bincount(digits.labels[draw_per_class(digits, 7, seed=0)]).tolist() == [7] * 10
     with pytest.raises(ValueError, match=r"fewer than 175 images: 8 \(174\); draw at most 174 per class"):
         draw_per_class(digits, 175, seed=0)
+
+
+def test_a_class_without_an_image_here_is_not_drawn_from(digits, tmp_path):
+    zeros = np.flatnonzero(digits.labels == 0)[:5]
+    few = opened(write_subset(tmp_path / "zeros.txt", digits, zeros))
+    assert draw_per_class(few, 2, seed=0).tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"fewer than 6 images: 0 \(5\); draw at most 5 per class"):
+        draw_per_class(few, 6, seed=0)
 
 
 @pytest.mark.parametrize("stratify", [False, True])
@@ -185,8 +199,17 @@ def test_sample_and_split_write_lists_also_below_the_home_folder(capsys, tmp_pat
     assert [classes(train).count("dog"), classes(val).count("dog")] == [2, 1]
     assert not set(names(train)) & set(names(val))
     assert (tmp_path / "parts" / "train.txt").exists()
-    assert "already" in refused(call_cli(capsys, *words))
+    (tmp_path / "parts" / "train.txt").unlink()
+    assert "val.txt exists already" in refused(call_cli(capsys, *words))
+    assert not (tmp_path / "parts" / "train.txt").exists()  # lists of two seeds would share images
     assert call_cli(capsys, "data", "split", "~/in", "--parts", "all=1", "--out", "~/parts")[0] == 0
+
+
+def test_a_list_in_a_folder_whose_name_looks_like_an_option_is_read_back(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = write_subset(Path("a,of=b/l.txt"), digits, np.array([7]))
+    assert spec == "subset:a,of=b/l.txt"
+    assert names(opened(spec)) == names(opened(absolute_spec(spec))) == ["digits[7]"]
 
 
 def test_names_that_are_no_text_are_printed_escaped_and_a_tilde_may_begin_one(capsys, tmp_path, monkeypatch):

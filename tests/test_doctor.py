@@ -258,6 +258,7 @@ def test_unreadable_files_are_listed_on_the_screen_up_to_10_and_all_in_the_file(
     assert sum(line.startswith("    broken_") for line in lines) == 10
     assert "    ... and 2 more; --out FILE.json lists all" in lines
     assert last_json(out) == (told := json.loads(out_file.read_text()))
+    assert cli("doctor", tmp_path / "broken", *FLAGS, "--out", out_file)[0] == 1  # an earlier report
     assert [bad["name"] for bad in told["train"]["bad"]] == [f"broken_{i:02d}.png" for i in range(12)]
 
 
@@ -283,6 +284,8 @@ def test_several_sources_are_one_compared_with_validation_and_a_cut_archive_is_a
         (("digits", "--samples", 0), "samples is '0'; it must be a whole number from 1 or none"),
         (("digits", "--out", "/dev/null/x.json"), "cannot make or write the directory /dev/null"),
         (("digits", "--out", "/"), "--out / cannot be written; name another file"),
+        (("digits", "--out", "/dev/null"), "--out /dev/null exists and is no report; name another file"),
+        (("digits", "--out", __file__), "test_doctor.py exists and is no report; name another file"),
     ],
 )
 def test_wrong_usage_ends_with_code_2_before_anything_is_read(cli, words, message):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nextblock.errors import UsageError
+from nextblock.errors import BAD_PATH, UsageError
 
 OUTPUT_MARK = ".nextblock"
 """A file in every directory that nextblock wrote; image searches skip such directories."""
@@ -57,9 +57,9 @@ def _unusable(directory: Path, error: OSError) -> Exception:
                 why = f"{place} is a link to {place.readlink()}, which does not exist"
             elif place.is_file():
                 why = f"{place} is a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return WriteError(f"could not make the directory {directory}: {why}; make room, or choose another")
-    return UsageError(f"cannot make or write the directory {directory}: {why}; choose another place")
+    if error.errno in (*BAD_PATH, errno.EEXIST):
+        return UsageError(f"cannot make or write the directory {directory}: {why}; choose another place")
+    return WriteError(f"could not make the directory {directory}: {why}; make room, or choose another")
 
 
 @contextmanager
@@ -128,14 +128,16 @@ def writing(target: Path) -> Iterator[None]:
         # about the file.
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise
-        cause = str(error)
+        cause, how = str(error), "make room on the disk, or choose another place,"
+        if isinstance(error, OSError) and error.errno in BAD_PATH:
+            how = "choose another place"
         if isinstance(error, RuntimeError):  # torch reports a file position, not the cause
             place = next(path for path in target.absolute().parents if path.exists())
             free_mb = shutil.disk_usage(place).free // 1_000_000
             cause = f"the disk is full, or a quota is used up ({free_mb} MB free there)"
         raise WriteError(
-            f"could not write {target}: {cause}. What was there before is intact; make room on "
-            "the disk, or choose another place, and run the same command again"
+            f"could not write {target}: {cause}. What was there before is intact; {how} and run the same "
+            "command again"
         ) from error
 
 

@@ -7,14 +7,16 @@ usage errors appear at once.
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import socket
 import sys
 from collections.abc import Sequence
 
+from nextblock.cli.output import write
 from nextblock.cli.verbs import VERBS
-from nextblock.errors import UsageError
+from nextblock.errors import BAD_PATH, UsageError
 from nextblock.launch import LaunchError, find_world
 
 __all__ = ["VERBS", "main"]
@@ -25,13 +27,16 @@ USAGE_ERROR, FAILURE = 2, 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 for a failure, 2 for wrong usage, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Names of files and classes may have characters that the output's encoding lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_help())
+        write(_help())
         return 0
     if arguments[0] == "--version":
         from nextblock.version import __version__
 
-        sys.stdout.write(f"nextblock {__version__}\n")
+        write(f"nextblock {__version__}\n")
         return 0
     words = 2 if " ".join(arguments[:2]) in VERBS else 1
     verb, rest = " ".join(arguments[:words]), arguments[words:]
@@ -64,14 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped_by = getattr(error, "signal", None)  # a signal stopped the command, which saved its work
         if "--debug" in rest and stopped_by is None:
             raise
-        code = USAGE_ERROR if isinstance(error, UsageError) else FAILURE
+        is_path = isinstance(error, OSError) and error.errno in BAD_PATH and error.filename is not None
+        code = USAGE_ERROR if is_path or isinstance(error, UsageError) else FAILURE
         code = code if stopped_by is None else 128 + stopped_by
         is_on_all = getattr(error, "is_reported", False) or stopped_by is not None
         # Rank 0 prints errors that all ranks raise, the first rank of each host prints usage errors.
         if world.rank and (is_on_all or (code == USAGE_ERROR and world.local_rank)):
             return code
         why = str(error)
-        if code == FAILURE and not type(error).__module__.startswith("nextblock."):
+        if isinstance(error, OSError) and is_path:
+            why = f"{str(error.filename)!r}: {error.strerror}; check the path and its permissions"
+        elif code == FAILURE and not type(error).__module__.startswith("nextblock."):
             why = f"{type(error).__name__}: {why}; run it again with --debug to see where"
         where = getattr(error, "where", f"rank {world.rank} on {socket.gethostname()}")
         return _complain(f"nextblock {verb}", f"{where}: {why}" if world.rank else why, code)

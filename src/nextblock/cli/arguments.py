@@ -13,7 +13,6 @@ import difflib
 import functools
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
@@ -21,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from nextblock.cli.output import write
 from nextblock.cli.verbs import VERBS
 from nextblock.config import RunConfig
 from nextblock.errors import UsageError
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Collect all texts of each flag, then convert them to its type."""
         if {"-h", "--help", "--help-all"} & set(argv):
-            sys.stdout.write(self.help(is_whole="--help-all" in argv))
+            write(self.help(is_whole="--help-all" in argv))
             raise SystemExit(0)
         flags = {name: action for action in self._actions for name in action.option_strings}
         known = [name.removeprefix("--") for name in flags]
@@ -347,7 +347,7 @@ def _print_if_asked(config: Any, options: argparse.Namespace) -> None:
         import yaml
 
         settings = {name: value for name, value in to_dict(config).items() if name != "overwrite"}
-        sys.stdout.write(yaml.safe_dump(settings, sort_keys=False))
+        write(yaml.safe_dump(settings, sort_keys=False))
         raise SystemExit(0)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from nextblock.cli.arguments import Parser, built
-from nextblock.cli.output import end_with_json, say
+from nextblock.cli.output import end_with_json, say, write
 from nextblock.cli.verbs import VERBS
 from nextblock.config import DataConfig, ModelConfig, PackConfig, Size, pair
 from nextblock.errors import UsageError
@@ -45,7 +45,7 @@ def data(argv: Sequence[str]) -> int:
         raise UsageError(f"unknown command {argv[0]!r}; {nearest_name(argv[0], list(commands))}")
     lines = [f"{VERBS['data'].about}.", "", *(f"  nextblock data {each}" for each in VERBS["data"].examples)]
     lines += ["", "commands:", *(f"  {name:<8}{about}" for name, about in commands.items())]
-    print(*lines, "", "nextblock data COMMAND --help explains one.", sep="\n")  # noqa: T201 - without rich
+    write("\n".join([*lines, "", "nextblock data COMMAND --help explains one.\n"]))
     return 0
 
 
@@ -89,7 +89,7 @@ def sample(argv: Sequence[str]) -> int:
     require([fraction, count, per_class].count(None) == 2, "give one of --fraction, --count and --per_class")
 
     from nextblock.data.sources import open_source
-    from nextblock.data.subsets import draw, draw_per_class, write_subset
+    from nextblock.data.subsets import draw, draw_per_class, write_subsets
 
     source = open_source(options.src, settings)
     if per_class is not None:
@@ -97,7 +97,7 @@ def sample(argv: Sequence[str]) -> int:
     else:
         count = count if fraction is None else max(1, round(fraction * len(source)))
         numbers = draw(source, count, options.seed)
-    spec = write_subset(Path(options.out), source, numbers)
+    (spec,) = write_subsets(source, {Path(options.out): numbers})
     _say(f"{len(numbers)} of {counted(len(source), 'image')}: {spec}")
     if options.json:
         end_with_json({"spec": spec, "images": len(numbers), "of": len(source)})
@@ -125,11 +125,15 @@ def split(argv: Sequence[str]) -> int:
     from nextblock.data.sources import open_source
 
     source = open_source(options.src, settings)
-    written, whole = [], counted(len(source), "image")
-    for name, numbers in subsets.split(source, parts, options.seed, stratify=options.stratify).items():
-        spec = subsets.write_subset(Path(options.out) / f"{name}.txt", source, numbers)
-        written.append({"part": name, "spec": spec, "images": len(numbers)})
-        _say(f"{name}: {len(numbers)} of {whole}: {spec}")
+    divided = subsets.split(source, parts, options.seed, stratify=options.stratify)
+    lists = {Path(options.out) / f"{name}.txt": numbers for name, numbers in divided.items()}
+    specs = subsets.write_subsets(source, lists)
+    written = [
+        {"part": name, "spec": spec, "images": len(divided[name])}
+        for name, spec in zip(divided, specs, strict=True)
+    ]
+    whole = counted(len(source), "image")
+    _say(*("{part}: {images} of {whole}: {spec}".format(**part, whole=whole) for part in written))
     left_out = len(source) - sum(part["images"] for part in written)
     if left_out:
         _say(f"not in any part: {counted(left_out, 'image')}")
@@ -216,6 +220,8 @@ def doctor(argv: Sequence[str]) -> int:
         make_directory(out.parent)
         is_writable = os.access(out.parent, os.W_OK) and not out.is_dir()
         require(is_writable, f"--out {out} cannot be written; name another file")
+        is_report = out.is_file() and out.read_bytes().startswith(b'{\n "verdict":')
+        require(is_report or not out.exists(), f"--out {out} exists and is no report; name another file")
 
     from nextblock.data import open_source, open_sources, resolve_workers
     from nextblock.data.doctor import check, crops_per_core_s, examine
@@ -242,9 +248,9 @@ def doctor(argv: Sequence[str]) -> int:
         per_core_s=crops_per_core_s(train.source, settings, model.image_size) if len(train.images) else None,
         images_per_s=config.images_per_s,
     )
-    _say(*_lines(report, config.model, None if size_problem else model))
     if out is not None:
         write_text(out, json.dumps(report, indent=1) + "\n")
+    _say(*_lines(report, config.model, None if size_problem else model))
     if options.json:
         end_with_json(report)
     return 0 if report["fit"] else 1

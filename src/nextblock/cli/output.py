@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,4 +37,14 @@ def print_table(
 
 def end_with_json(values: Any) -> None:
     """Print values as one line of JSON."""
-    sys.stdout.write(json.dumps(values) + "\n")
+    write(json.dumps(values) + "\n")
+
+
+def write(text: str) -> None:
+    """Print text as it is; the output may be closed, or its reader gone (`| head`)."""
+    try:
+        print(text, end="", flush=True)  # noqa: T201 - without rich, which takes long to import
+    except BrokenPipeError:
+        # As rich does. Python would flush again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -108,7 +108,11 @@ class MixtureOrder:
         """The source of each place in the epoch, and per step the samples of each source in earlier steps."""
         # In a shuffled range, the counts[0] smallest numbers stand for source 0, the next counts[1] for
         # source 1, and so on. Every source gets exactly its count, and every batch mixes the sources.
-        shuffled = keyed_permutation(self._seed, sum(self._counts), "mixture", epoch)
+        try:
+            shuffled = keyed_permutation(self._seed, sum(self._counts), "mixture", epoch)
+        except MemoryError as error:
+            how = "make data.epoch_samples smaller"
+            raise UsageError(f"no memory for an epoch of {sum(self._counts):,} samples; {how}") from error
         pattern = np.searchsorted(np.cumsum(self._counts), shuffled, side="right")
         pattern = pattern.astype(np.min_scalar_type(len(self._counts)))
         by_step = pattern.reshape(self.steps_per_epoch, self.batch_size)
@@ -163,9 +167,13 @@ def sample_order(
     for part, weight, count in zip(parts, weights, counts, strict=True):
         if count == 0:
             # Enough for one sample of this weight, rounded up to whole batches.
-            enough = math.ceil(math.ceil(sum(weights) / weight) / batch_size) * batch_size
+            share = Fraction(str(weight)) / sum(Fraction(str(each)) for each in weights)
+            enough = -(-math.ceil(1 / share) // batch_size) * batch_size
+            longer = f", or data.epoch_samples to {enough}" if enough < 1e9 else ""
             raise UsageError(
                 f"{part.spec!r} has weight {weight:g} of {sum(weights):g}, which is not one of the {epoch} "
-                f"samples of an epoch; raise its share in data.weights, or data.epoch_samples to {enough}"
+                f"samples of an epoch; raise its share in data.weights{longer}"
             )
-    return MixtureOrder([len(part) for part in parts], counts, seed=seed, batch_size=batch_size)
+    order = MixtureOrder([len(part) for part in parts], counts, seed=seed, batch_size=batch_size)
+    order.keys(0)  # drawn now, not within the run: an epoch may be too long for the memory
+    return order

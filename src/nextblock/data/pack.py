@@ -33,8 +33,8 @@ from nextblock.config import DataConfig, PackConfig
 from nextblock.data.decode import TIFF_STARTS, BadImageError
 from nextblock.data.loader import BadSample, QuarantineLog
 from nextblock.data.sources import Source
-from nextblock.data.sources.archives import TarSource, tar_index
-from nextblock.data.sources.base import decode
+from nextblock.data.sources.archives import TarSource, expand_braces, tar_index
+from nextblock.data.sources.base import decode, digest
 from nextblock.data.subsets import warn_of_absent_classes
 from nextblock.data.workers import Note, resolve_workers, run_in_workers
 from nextblock.errors import UsageError
@@ -85,7 +85,10 @@ def pack(
     # All that the shards depend on: only a call with the same settings resumes an interrupted one.
     settings = {"source": source.fingerprint, **asdict(config)}
     settings |= {name: getattr(data, name) for name in ("channels", "decoder", "background", "max_pixels")}
+    settings["labels"] = _hash_of_labels(source)
     del settings["workers"]
+    if expand_braces(str(dst)) != [str(dst)]:
+        raise UsageError(f"{dst} has braces, which would be read as numbers of shards; name another folder")
     in_use = dst.is_file() or any(dst.glob("[!.]*"))
     if in_use and not ((dst / OUTPUT_MARK).exists() and (dst / "manifest.json").exists()):
         raise UsageError(f"{dst} exists and contains something else; give a new folder")
@@ -104,6 +107,16 @@ def pack(
         num_bytes=sum(shard["bytes"] for shard in shards),
         **{name: manifest[name] for name in _TOTALS},
     )
+
+
+def _hash_of_labels(source: Source) -> str | None:
+    """Identifies all labels, None if there are none; `ValueError` for a class that shards would change."""
+    if not source.has_labels:
+        return None
+    if odd := [name for name in source.class_names if not name or name != name.strip()]:
+        how = "reading a shard removes spaces around a class; rename it"
+        raise UsageError(f"{source.spec!r}: the class {odd[0]!r} would be lost: {how}")
+    return digest("\n".join(source.class_names).encode(), source.labels.astype("<i8").tobytes())[:16]
 
 
 def _open_manifest(dst: Path, settings: dict[str, Any]) -> dict[str, Any]:

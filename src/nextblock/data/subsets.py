@@ -46,11 +46,13 @@ def draw_per_class(source: Source, count: int, seed: int) -> Numbers:
         raise UsageError(f"cannot draw {count} images per class; draw at least 1")
     classes = _by_class(source, seed)
     sizes = [len(images) for images in classes]
-    small = [f"{name} ({size})" for name, size in zip(source.class_names, sizes, strict=True) if size < count]
+    # A subset keeps the classes of its source, also those of which it has no image.
+    named_sizes = zip(source.class_names, sizes, strict=True)
+    small = [f"{name} ({size})" for name, size in named_sizes if 0 < size < count]
     if small:
         raise UsageError(
             f"{source.spec!r} has classes of fewer than {count} images: {named(small)}; draw at most "
-            f"{min(sizes)} per class"
+            f"{min(filter(None, sizes))} per class"
         )
     return np.sort(np.concatenate([images[:count] for images in classes]))
 
@@ -145,13 +147,22 @@ def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None
         log.warning("%s: no image of %s: %s", place, counted(len(absent), "class", "classes"), named(absent))
 
 
-def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
-    """Write a list of images, whole or not at all; returns the spec that reads it.
+def write_subsets(source: Source, lists: Mapping[Path, Numbers]) -> list[str]:
+    """Write lists of images, each whole or not at all; returns the specs that read them.
 
-    Raises `ValueError` if a different file of that name exists, even if another process has just written it.
+    Raises `ValueError` if a different file of one's name exists, before anything is written.
     """
-    shown = text(os.fsencode(path))
-    warn_of_absent_classes(shown, source, numbers)
+    described = {path: _describe(path, source, numbers) for path, numbers in lists.items()}
+    missing = {path: content for path, (content, _) in described.items() if not _is_written(path, content)}
+    for path, numbers in lists.items():
+        warn_of_absent_classes(text(os.fsencode(path)), source, numbers)
+    for path, content in missing.items():
+        _write_new(path, content)
+    return [spec for _, spec in described.values()]
+
+
+def _describe(path: Path, source: Source, numbers: Numbers) -> tuple[bytes, str]:
+    """The content of a list, and the spec that reads it."""
     lines, spec = _file_lines(source, numbers), f"files:{path}"
     if lines is None:
         of, spec = absolute_spec(source.spec), f"subset:{path}"
@@ -161,23 +172,34 @@ def write_subset(path: Path, source: Source, numbers: Numbers) -> str:
         head.append(f"# fingerprint: {source.fingerprint}")
         rows = [f"{number}\t{source.name(number)}" for number in numbers.tolist()]
         lines = [SUBSET_HEADER, *(line.encode() for line in head + rows)]
-    content = b"\n".join(lines) + b"\n"
-    if path.is_file() and path.read_bytes() == content:  # the same command, repeated
-        return spec
+    return b"\n".join(lines) + b"\n", spec
+
+
+def _is_written(path: Path, content: bytes) -> bool:
+    """Whether the same command has written the list before; `ValueError` if the file is another."""
+    if path.is_file() and path.read_bytes() == content:
+        return True
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{text(os.fsencode(path))} exists already; remove it, or write to another file")
+    return False
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file unless there is one, even if another process has just written it."""
     make_directory(path.parent)
     with writing(path):
         try:
             # Only one of several processes creates the file. The list then replaces the empty file, whole.
             path.touch(exist_ok=False)
-        except FileExistsError as error:
-            raise UsageError(f"{shown} exists already; remove it, or write to another file") from error
+        except FileExistsError:
+            _is_written(path, content)
+            return
     try:
         with write_aside(path) as aside:
             aside.write_bytes(content)
     except BaseException:
         path.unlink()
         raise
-    return spec
 
 
 def _file_lines(source: Source, numbers: Numbers) -> list[bytes] | None:

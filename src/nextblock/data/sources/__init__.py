@@ -115,8 +115,7 @@ def open_source(spec: str, data: DataConfig, *, parents: tuple[Path, ...] = ()) 
 
 def _open_subset(spec: str, data: DataConfig, parents: tuple[Path, ...]) -> SubsetSource:
     """Open `subset:LIST.txt` or `subset:LIST.txt,of=SPEC`; the rest after `of=` is the other source."""
-    # The first ,of= is this list's; any others belong to the other source.
-    name, _, of = spec.removeprefix("subset:").partition(",of=")
+    name, of = _list_and_source(spec)
     path = local_path(name)
     if not path.is_file():
         raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
@@ -148,6 +147,16 @@ def _open_subset(spec: str, data: DataConfig, parents: tuple[Path, ...]) -> Subs
     return SubsetSource(spec, source, np.array(numbers, dtype=np.int64), head.get("fingerprint"))
 
 
+def _list_and_source(spec: str) -> tuple[str, str]:
+    """The parts of `subset:LIST.txt,of=SPEC`; without `,of=` the second is empty."""
+    rest = spec.removeprefix("subset:")
+    if local_path(rest).is_file():  # a path may contain ,of= too
+        return rest, ""
+    # The first ,of= is this list's; any others belong to the other source.
+    name, _, of = rest.partition(",of=")
+    return name, of
+
+
 def open_sources(specs: Sequence[str], data: DataConfig) -> Source:
     """Open one source as it is, or several different ones as a mixture."""
     # One directory may have two names, such as d and d/, so compare resolved paths.
@@ -168,8 +177,8 @@ def absolute_spec(spec: str) -> str:
         if kind == "digits" or _URL.match(spec):
             return spec
         if kind == "subset":
-            path, comma, of = rest.partition(",of=")
-            return f"subset:{_absolute(path)}{comma}{of and absolute_spec(of)}"
+            path, of = _list_and_source(spec)
+            return f"subset:{_absolute(path)}" + (f",of={absolute_spec(of)}" if of else "")
         if kind == "files":
             return f"files:{_absolute(rest)}"
         if kind == "hf":

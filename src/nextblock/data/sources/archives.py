@@ -34,6 +34,7 @@ from nextblock.data.sources.base import (
     NamedSource,
     Names,
     OpenFile,
+    SomeLabelsError,
     check_size,
     digest,
     in_class_order,
@@ -141,7 +142,7 @@ class TarSource(NamedSource):
             return self._numbers, self._classes
         if len(without) < len(self):
             which = f"{len(without)} of its {len(self)} images, the first {self.name(int(without[0]))!r}"
-            raise UsageError(f"{self.spec!r} has no labels for {which}; add .cls members")
+            raise SomeLabelsError(f"{self.spec!r} has no labels for {which}; add .cls members")
         # A tar of one class may have its images in a folder, named the same in all tars, or like the class.
         # So folders are the classes only if there are several; otherwise the tars are.
         with suppress(ValueError):
@@ -189,6 +190,9 @@ def open_class_tars(spec: str, path: Path, data: DataConfig) -> TarSource | None
             if entry.is_dir() or kind_of(os.fsencode(entry.name)) == "image":
                 return None
             tars += [Path(entry.path)] if entry.name.lower().endswith(".tar") else []
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no manifest, or another program's
+        if tars and not json.loads((path / "manifest.json").read_bytes())["finished"]:
+            log.warning("%s lacks images: `data pack` was interrupted; the same command continues it", spec)
     stems = [text(os.fsencode(tar.stem)) for tar in sorted(tars)]
     are_classes = not all(map(_SHARD_STEM.fullmatch, stems))
     return TarSource(spec, sorted(tars), data, stems=stems if are_classes else ()) if tars else None
@@ -229,8 +233,10 @@ def tar_index(path: Path, data: DataConfig) -> TarIndex:
         # A tar that was repacked or extended has another size or time, so its index is rebuilt.
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
-        cached = cache_dir(data, "indexes") / (digest(os.fsencode(path.absolute())) + INDEX_ENDING)
-        places = path.with_name(path.name + INDEX_ENDING), cached
+        places = [path.with_name(path.name + INDEX_ENDING)]
+        with suppress(UsageError):  # without a cache folder there is still that place
+            folder = cache_dir(data, "indexes")
+            places.append(folder / (digest(os.fsencode(path.absolute())) + INDEX_ENDING))
         for place in places:
             if index := read_index(place, stamp):
                 return index
@@ -238,7 +244,7 @@ def tar_index(path: Path, data: DataConfig) -> TarIndex:
     except OSError as error:
         raise UsageError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
     if not any(write_index(place, index, stamp) for place in places):
-        log.info("cannot save the index %s; set data.cache_dir to a writable folder", cached)
+        log.info("cannot save the index %s; set data.cache_dir to a writable folder", places[-1])
     return index
 
 
@@ -259,7 +265,10 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def cache_dir(data: DataConfig, part: str) -> Path:
     """The folder `part` of data.cache_dir, else of $XDG_CACHE_HOME/nextblock or ~/.cache/nextblock."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nextblock"
-    return Path(data.cache_dir or default).expanduser() / part
+    try:
+        return Path(data.cache_dir or default).expanduser() / part
+    except RuntimeError as error:
+        raise UsageError(f"there is no cache folder ({error}); set data.cache_dir") from error
 
 
 def read_index(path: Path, stamp: object = None) -> TarIndex | None:

@@ -54,6 +54,10 @@ class DataError(RuntimeError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class SomeLabelsError(UsageError):
+    """Some images of a source have a label, and others none."""
+
+
 class Damage(NamedTuple):
     """An archive that cannot be read to its end, and the number of usable images before the damage."""
 
@@ -114,11 +118,14 @@ class Source(ABC):
     # Labels are searched on first use: an unlabelled folder is an error only if labels are needed.
     @cached_property
     def has_labels(self) -> bool:
-        """Whether there are labels."""
+        """Whether all images have labels; if only some do, the log says so."""
         try:
             return bool(self._search_labels())
+        except SomeLabelsError as error:
+            log.info("%s", error)
         except ValueError:
-            return False
+            pass
+        return False
 
     def _search_labels(self) -> object:
         # Some sources know without reading the labels, and override this.
@@ -371,7 +378,8 @@ class Names:
             folder, slash, _ = self[index].partition(b"/")
             if not slash:
                 problem = f"{text(folder)!r} is in no folder; put every image into a folder of its class"
-                raise UsageError(f"{spec!r} has no labels: {problem}")
+                kind = SomeLabelsError if b"/" in self.joined else UsageError
+                raise kind(f"{spec!r} has no labels: {problem}")
             numbers[index] = folders.setdefault(folder, len(folders))
         rank, classes = in_class_order([text(folder) for folder in folders])
         return rank[numbers], classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import inspect
@@ -154,8 +155,13 @@ class TorchvisionSource(Source):
         return labels, tuple(names)
 
     def _make_fingerprint(self) -> str:
-        # The library verifies the files of its datasets, so name, split and size identify them.
-        return f"torchvision-{self._display_name}-{self._split}-{len(self)}"
+        # The library verifies the files of its datasets, so name, split and size identify them. A folder that
+        # it reads (ImageFolder) may hold any files, so their names are needed too.
+        parts = ["torchvision", self._display_name, self._split, str(len(self))]
+        if isinstance(samples := getattr(self._dataset, "samples", None), list):
+            names = (os.path.relpath(path, self._dataset.root) for path, *_ in samples)
+            parts.append(digest("\n".join(names).encode("utf-8", "surrogateescape")))
+        return "-".join(parts)
 
 
 def _class_numbers(values: Any, length: int) -> np.ndarray | None:
@@ -230,6 +236,8 @@ class HuggingFaceSource(Source):
             cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
             reason = f"{spec!r}: {' '.join(str(cause).split()).rstrip('.') or type(cause).__name__}"
             reason += "" if path.exists() else f"; there is no file or folder {path.absolute()}"
+            if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES):
+                reason += "; the library keeps copies in the folder that the variable HF_HOME names"
             # Wrong names and damaged files are the user's mistakes. Other errors, such as a lost connection
             # or a full disk, are failures.
             is_mistake = isinstance(cause, ValueError | TypeError | KeyError | FileNotFoundError)

@@ -33,7 +33,7 @@ class FolderSource(NamedSource):
     def __init__(self, spec: str, root: Path, data: DataConfig) -> None:
         self.spec, self._data, self._root = spec, data, os.fsencode(root)
         others = Counter[str]()
-        images = list(_images_below(self._root, b"", (), others))
+        images = list(_images_below(self._root, others))
         report_others(text(self._root), len(images), others)
         self._names = Names.of(images)
 
@@ -52,43 +52,51 @@ class FolderSource(NamedSource):
         return Path(os.fsdecode(self._root + b"/" + self._names[index]))
 
 
-def _images_below(
-    root: bytes, below: bytes, parents: tuple[tuple[int, int], ...], others: Counter[str]
-) -> Iterator[bytes]:
-    """Yield the images in `root/below` and its folders, sorted; `others` counts all other files.
+def _images_below(root: bytes, others: Counter[str]) -> Iterator[bytes]:
+    """Yield the images in `root` and its folders, sorted; `others` counts all other files.
 
     Links to directories are followed, unless they lead back up. Names that start with a dot, and directories
     that nextblock wrote, are skipped.
     """
-    try:
-        with os.scandir(root + b"/" + below) as entries:
-            listing = sorted(entries, key=lambda entry: entry.name)
-        status = os.stat(root + b"/" + below)  # noqa: PTH116 - bytes
-    except OSError as error:
-        folder = text(root + b"/" + below.rstrip(b"/"))
-        raise UsageError(f"cannot list {folder!r}: {error.strerror}; make it readable or move it") from error
-    if below and any(entry.name == OUTPUT_MARK.encode() for entry in listing):
-        others["written by nextblock"] += 1
-        return
-    # Device and inode identify a directory, whatever link leads to it. Among its own parents it is a loop;
-    # elsewhere it may be listed twice, under two names.
-    place = status.st_dev, status.st_ino
-    if place in parents:
-        return
-    # Names are sorted as bytes, independent of the file system's order. Folders are searched in place, so
-    # images are ordered by the parts of their paths (a/z before a-b). Fingerprints depend on this order.
-    for entry in listing:
-        kind = kind_of(entry.name)
-        # A link may lead nowhere or to itself: entry.is_dir would raise an error.
-        is_link = entry.is_symlink()
-        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # noqa: PTH112 - bytes
-        if kind != "hidden" and is_folder:
-            yield from _images_below(root, below + entry.name + b"/", (*parents, place), others)
-        # List a broken link, to report it as unreadable, but not a pipe or a socket.
-        elif kind == "image" and (is_link or entry.is_file()):
-            yield below + entry.name
-        else:
-            others["links or special files" if kind == "image" else kind] += 1
+    # What is still to be visited, the next last: an image, or a folder with the places of its parents. Not a
+    # recursion, because folders can be nested deeper than Python's stack.
+    pending: list[tuple[bytes, tuple[tuple[int, int], ...] | None]] = [(b"", ())]
+    while pending:
+        below, parents = pending.pop()
+        if parents is None:
+            yield below
+            continue
+        try:
+            with os.scandir(root + b"/" + below) as entries:
+                listing = sorted(entries, key=lambda entry: entry.name)
+            status = os.stat(root + b"/" + below)  # noqa: PTH116 - bytes
+        except OSError as error:
+            folder, how = text(root + b"/" + below.rstrip(b"/")), "make it readable or move it"
+            raise UsageError(f"cannot list {folder!r}: {error.strerror}; {how}") from error
+        if below and any(entry.name == OUTPUT_MARK.encode() for entry in listing):
+            others["written by nextblock"] += 1
+            continue
+        # Device and inode identify a directory, whatever link leads to it. Among its own parents it is a
+        # loop; elsewhere it may be listed twice, under two names.
+        place = status.st_dev, status.st_ino
+        if place in parents:
+            continue
+        # Names are sorted as bytes, independent of the file system's order. Folders are searched in place, so
+        # images are ordered by the parts of their paths (a/z before a-b). Fingerprints depend on this order.
+        found = []
+        for entry in listing:
+            kind = kind_of(entry.name)
+            # A link may lead nowhere or to itself: entry.is_dir would raise an error.
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()  # noqa: PTH112 - bytes
+            if kind != "hidden" and is_folder:
+                found.append((below + entry.name + b"/", (*parents, place)))
+            # List a broken link, to report it as unreadable, but not a pipe or a socket.
+            elif kind == "image" and (is_link or entry.is_file()):
+                found.append((below + entry.name, None))
+            else:
+                others["links or special files" if kind == "image" else kind] += 1
+        pending += reversed(found)
 
 
 class FilesSource(NamedSource):
