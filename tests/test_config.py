@@ -104,8 +104,8 @@ def test_what_a_setting_of_the_model_needs_of_others_is_told(changes, contradict
     [
         ({"model.image_size": 224}, "blocks of 4x4 patches of 16 px; use model.image_size 192 or 256,"),
         ({"model.image_size": (128, 200), "model.patch_size": 8}, "image_size 128x192 or 128x224,"),
-        ({"model.image_size": 32}, "use model.image_size 64,"),
-        ({"model.image_size": 100}, "100x100 px cannot be cut into 16-px patches; use model.image_size 96"),
+        ({"model.image_size": 32}, "use model.image_size 128,"),
+        ({"model.image_size": 100}, "100x100 px cannot be cut into 16-px patches; use model.image_size 128,"),
         ({"model.embed_dim": 100}, "embed_dim 100 is not divisible by model.num_heads 12"),
         ({"model.predictor_heads": 5}, "predictor_dim 768 is not divisible by model.predictor_heads 5"),
         ({"model.positions": "sincos", "model.embed_dim": 90, "model.num_heads": 3}, "90 cannot be divided"),

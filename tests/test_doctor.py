@@ -241,6 +241,16 @@ def test_a_run_starts_with_the_advised_flags(cli, images, tmp_path):
     assert cli("pretrain", *flags, *more, *quiet)[0] == 0
 
 
+def test_grey_images_and_few_of_them_are_advised_on(cli, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(Image.new("L", (64, 64), i)))
+    advised = last_json(cli("doctor", tmp_path, "--workers", 0, "--json")[1])["advice"]
+    assert advised["--data.channels 1"] == "all images are grey"
+    assert advised["--preset xtra-small-64"].startswith("3 images, fewer than 1,000; see")
+    advised = last_json(cli("doctor", "digits", "--workers", 0, "--json")[1])["advice"]
+    assert "--data.channels 1" not in advised
+
+
 def test_preset_and_channels_set_the_normalisation_as_in_pretraining(cli, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encode(Image.new("RGB", (64, 64), (i, 9, 9))))

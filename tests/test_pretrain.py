@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import nextblock
+from nextblock import pretraining
 from nextblock.interop import load_model
-from nextblock.presets import resolve
+from nextblock.presets import get_preset, resolve
 from tiny_runs import (
     TINY,
     TINY_FLAGS,
@@ -69,9 +70,22 @@ def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, mo
     assert losses == f"loss {result.losses['loss']:.4f} (zero 9.00) · val {result.losses['val_loss']:.4f}"
     assert where == f"weights: {out}/checkpoints/step_00000007/model.safetensors; next:"
     assert [shlex.split(command)[1] for command in commands] == ["knn", "predict", "convert"]
+    assert f"--test {shlex.quote(str(folder / 'val'))}" in commands[0]
+    assert f"--data {shlex.quote(str(folder / 'val'))}" in commands[1]
     for command in commands:
         code, _, err = call_cli(capsys, *shlex.split(command)[1:])
         assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("preset", "images", "is_told"), [("xtra-ti16", 49_999, True), ("xtra-tiny", 3, False)]
+)
+def test_a_preset_for_more_images_is_told(preset, images, is_told):
+    config = resolve(get_preset(preset).config, {"preset": preset})
+    told = (
+        "xtra-ti16 suits 50,000 images or more, as a rule of thumb, not 49,999. docs/guides/when_it_pays.md"
+    )
+    assert any(hint.startswith(told) for hint in pretraining._hints(config, images)) == is_told
 
 
 def test_a_run_that_learned_nothing_does_not_end_as_complete(tmp_path, monkeypatch):

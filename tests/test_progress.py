@@ -105,13 +105,16 @@ def test_off_a_terminal_a_step_is_told_whole_within_80_columns_and_only_a_long_o
 def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     reporter = Reporter(console())
     reporter.begin(0, 10)
-    assert reporter.finishing() == "finishing step 1 (its duration is not known yet; 0 s so far)"
+    saved = "; then the run is saved"
+    assert reporter.finishing() == f"finishing step 1 (its duration is not known yet; 0 s so far){saved}"
     reporter._began_s -= 40
     reporter.update(TICK._replace(step=4))
-    assert reporter.finishing() == "finishing step 5, about 10 s"
+    assert reporter.finishing() == f"finishing step 5, about 10 s{saved}"
     with reporter.busy("the validation"):
-        assert reporter.finishing() == "finishing the validation"
-    assert reporter.finishing() == "finishing step 5, about 10 s"
+        assert reporter.finishing() == f"finishing the validation{saved}"
+    assert reporter.finishing() == f"finishing step 5, about 10 s{saved}"
+    with (reporter := Reporter(console())).busy("the monitors"):
+        assert reporter.finishing() == "finishing the monitors; there is no step to save yet"
 
 
 def test_a_measurement_shows_its_progress_if_it_takes_long():
@@ -149,7 +152,7 @@ def test_a_window_averages_what_is_finite_and_counts_what_was_skipped():
 def test_the_first_signal_is_noted_and_acknowledged_and_handlers_are_put_back(number, capfd):
     before = signal.getsignal(number)
     signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
-    with stop_on_signals(lambda: "finishing step 5, about 10 s") as stop:
+    with stop_on_signals(lambda: "finishing step 5, about 10 s; then the run is saved") as stop:
         assert not stop
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -136,6 +137,21 @@ def test_copies_of_pictures_are_ignored_and_drawn_predictions_come_first(run):
     (run / "predict-val").mkdir()
     (run / "predict-val" / "predictions.png").write_bytes(b"")
     assert read_run(run).picture == run / "predict-val" / "predictions.png"
+
+
+def test_on_a_narrow_terminal_a_long_source_is_named_once_and_no_number_is_cut(run):
+    shutil.rmtree(run / "probe")
+    source = "files:/data/a_long_path/to_the_lists/val.txt"
+    write_result(run / "a", "probe", PROBED, test=source)
+    write_result(run / "b", "probe", PROBED, test=source)
+    with Path(os.devnull).open("w") as file:
+        console = Console(width=80, record=True, file=file)
+        console.print(report_table(read_run(run)))
+    lines = console.export_text().splitlines()
+    assert sum(source in line for line in lines) == 1
+    assert [line.split()[:5] for line in lines if line.startswith("linear")] == [
+        ["linear", f"{name}/probe.json", "95.1", "±", "1.2"] for name in "ab"
+    ]
 
 
 def test_every_result_is_shown_with_the_images_it_was_measured_on(run):

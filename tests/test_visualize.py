@@ -20,7 +20,7 @@ from nextblock.train import MonitorEvent
 from nextblock.visualize import predictions
 from nextblock.visualize.figure import wrapped
 from nextblock.visualize.predictions import Look, PredictionMonitor, draw_sheet, look_at, visible
-from nextblock.visualize.sheet import MAX_PICTURE_BYTES, hatch, side_by_side
+from nextblock.visualize.sheet import MAX_PICTURE_BYTES, hatch, shortened, side_by_side
 from toy import ToySource, tiny_images, tiny_model
 
 CPU = torch.device("cpu")
@@ -290,3 +290,9 @@ def test_predict_refuses_what_is_impossible_and_to_replace_what_is_not_its_own(
     with pytest.raises(UsageError, match=message):
         predict(small_model(**changes), ToySource(3), **settings)
     assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
+
+
+def test_of_a_long_name_both_ends_are_shown_and_of_an_absolute_path_the_end():
+    assert shortened("animals/a_name_of_many_letters.png", 15) == "animals…ers.png"
+    assert shortened("/usr/share/animals/cat.png", 15) == "…nimals/cat.png"
+    assert shortened("short.png", 15) == "short.png"

@@ -42,7 +42,8 @@ def quote(word: str) -> str:
 
 def counted(count: float, noun: str, plural: str = "") -> str:
     """Format a number with its noun: "1 image", "1,797 images"; give `plural` if adding s is wrong."""
-    number = f"{count:,.4g}" if isinstance(count, float) else f"{count:,}"
+    is_short = isinstance(count, float) and count < 1e4
+    number = f"{count:,.4g}" if is_short else f"{count:,.0f}"
     return f"{number} {noun if count == 1 else plural or f'{noun}s'}"
 
 

@@ -43,12 +43,18 @@ class Section:
         check_types(self, type(self).__name__.removesuffix("Config").lower())
 
 
-def nearest_sizes(sides: tuple[int, int], unit: tuple[int, int]) -> str:
-    """Name the multiples of `unit` pixels nearest to `sides`, as "16 or 24"; "" if `sides` is one."""
-    below = tuple(side // px * px for side, px in zip(sides, unit, strict=True))
-    above = tuple(-(-side // px) * px for side, px in zip(sides, unit, strict=True))
-    near = ["x".join(map(str, dict.fromkeys(size))) for size in (below, above) if min(size) > 0]
-    return "" if sides == below else " or ".join(near)
+def nearest_sizes(sides: tuple[int, int], unit: tuple[int, int], *, least: int = 1) -> str:
+    """Name the multiples of `unit` pixels nearest to `sides`, as "16 or 24"; "" if `sides` is one.
+
+    Those of fewer than `least` units are left out.
+    """
+    below = tuple(side // px for side, px in zip(sides, unit, strict=True))
+    above = tuple(-(-side // px) for side, px in zip(sides, unit, strict=True))
+    if below == above:
+        return ""
+    near = [below, above if math.prod(above) >= least else (least, least)]
+    sizes = [(rows * unit[0], columns * unit[1]) for rows, columns in near if rows * columns >= least]
+    return " or ".join("x".join(map(str, dict.fromkeys(size))) for size in sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +170,14 @@ class ModelConfig(Section):
         super().__post_init__()
         sides, p, block = pair(self.image_size), self.patch_size, pair(self.block_size)
         blocks = f"blocks of {block[0]}x{block[1]} patches of {p} px"
-        # Patches first, then the blocks made of them; the message names the nearest sizes that work.
-        for parts, unit in ((f"{p}-px patches", (p, p)), (blocks, self.block_px)):
-            near = nearest_sizes(sides, unit)
-            require(
-                not near,
-                f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
-                f"use model.image_size {near}, or another patch_size or block_size",
-            )
+        # Blocks are made of patches; the message names the nearest sizes that suit both.
+        near = nearest_sizes(sides, self.block_px, least=1 if self.predictor is None else 2)
+        parts = f"{p}-px patches" if any(side % p for side in sides) else blocks
+        require(
+            not near,
+            f"an image of {sides[0]}x{sides[1]} px cannot be cut into {parts}; "
+            f"use model.image_size {near}, or another patch_size or block_size",
+        )
         self._check_widths("embed_dim", "num_heads")
         head_dim = self.embed_dim // self.num_heads
         require(
@@ -259,7 +265,8 @@ class ModelConfig(Section):
         )
         require(
             self.num_blocks > 1,
-            "the whole image is one block, so there is no next block; use a smaller model.block_size",
+            "the whole image is one block, so there is no next block; use a smaller model.block_size or "
+            "patch_size, as --preset xtra-small-64 does",
         )
 
     def encoder_alone(self) -> ModelConfig:

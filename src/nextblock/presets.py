@@ -98,6 +98,13 @@ class Preset:
         return resolve(base, changes | {"preset": self.name})
 
     @property
+    def least_images(self) -> int:
+        """The number of images that it suits at least, as a rule of thumb; 0 if it is for one data set."""
+        number, _, unit = self.images.replace(",", "").partition(" ")
+        units = {"": 1, "million": 10**6, "billion": 10**9}
+        return int(number) * units[unit] if number.isdecimal() and unit in units else 0
+
+    @property
     def command(self) -> str:
         """The command that runs it."""
         sources = [f"DIR{i + 1}" for i in range(len(self.config.data.weights or ()))] or ["DIR"]

@@ -132,6 +132,11 @@ def _hints(config: RunConfig, images: int) -> Iterator[str]:
                 f"or xtra-small-128 for larger images. {WHEN_IT_PAYS} says what to expect"
             )
     preset = PRESETS.get(config.preset or DEFAULT_PRESET)
+    if config.preset is not None and preset is not None and images < preset.least_images:
+        yield (
+            f"{preset.name} suits {preset.images} images or more, as a rule of thumb, not {images:,}. "
+            f"{WHEN_IT_PAYS} says what to expect"
+        )
     batch_size, lr = min(config.train.batch_size, images), config.optim.lr
     if preset is None or preset.config.optim.lr != lr or preset.config.train.batch_size == batch_size:
         return
@@ -228,10 +233,12 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
     yield losses_text(result.losses, result.baselines)
     yield f"weights: {result.run_dir}/checkpoints/step_{result.step:08d}/model.safetensors; next:"
     run, spec = str(result.run_dir), sources["train"].parts[0].spec
+    other = sources.get("val", sources["train"].parts[0])
     if sources["train"].has_labels:
         first = ["knn", "--model", run, "--train", spec]
+        first += ["--test", other.spec] if "val" in sources and other.has_labels else []
     else:
         first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
-    predict = ["predict", "--model", run, "--data", spec, "--out", f"{run}/predict"]
+    predict = ["predict", "--model", run, "--data", other.spec, "--out", f"{run}/predict"]
     for words in (first, predict, ["convert", run, f"{run}/timm", "--to", "timm"]):
         yield f"  nextblock {' '.join(map(quote, words))}"

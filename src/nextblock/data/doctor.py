@@ -38,6 +38,8 @@ IMAGE_SIZES = (256, 224, 192, 160, 128, 96, 64, 48, 32)
 WHEN_IT_PAYS = "docs/guides/when_it_pays.md"
 # Presets for fewer images than this; above, xtra-h14. Rules of thumb, not a published result.
 PRESETS_BELOW = {50_000: "xtra-small", 100_000: "xtra-ti16", 300_000: "xtra-s16", 3_000_000: "xtra-b16"}
+# What the smallest presets need at least, by the same rule.
+FEW_IMAGES = 1000
 
 # ------------------------------------------------------------------------------------------------- examining
 
@@ -321,11 +323,15 @@ def _advice(
     # 4 x 4 blocks at every size, as in XTRA; blocks of 2 x 2 patches in the small presets.
     patch, block = (size // 16, 4) if size >= 64 and not is_small else (size // 8, 2)
     flags = f"--model.image_size {size} --model.patch_size {patch} --model.block_size {block}"
-    advice = {f"--preset {preset}": f"{counted(images, 'image')}; see {WHEN_IT_PAYS}"}
+    number = counted(images, "image")
+    number += f", fewer than {FEW_IMAGES:,}" if images < FEW_IMAGES else ""
+    advice = {f"--preset {preset}": f"{number}; see {WHEN_IT_PAYS}"}
     if not (is_small and preset.endswith(f"-{size}")):
         advice[flags] = f"median shorter side {side:,.0f} px"
     if data.channels != 3:
         advice[f"--data.channels {data.channels}"] = "as examined"
+    elif report["kinds"]["grey"] == len(train.images):
+        advice["--data.channels 1"] = "all images are grey"
     if per_core_s is not None and not train.source.in_memory:
         advice[f"--data.workers {workers}"] = f"{per_core_s:,.0f} crops/s each"
     # Only JPEG can be decoded smaller, which pays if a crop is still large enough at half the size.

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from nextblock.data import Source, keyed_seed
 from nextblock.data.subsets import draw_per_class, named, split
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 C_GRID, DEFAULT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0), 1.0
 """Inverse strengths of the L2 penalty to choose among, and the one used without cross-validation."""
 MAX_ITERATIONS = 1000
+MIN_THREADED_PRODUCTS = 10**9
+"""Products of an iteration from which several threads are used."""
 
 
 class TooFewImagesError(UsageError):
@@ -60,8 +63,11 @@ def regress(
     Features are standardised with the statistics of the images that each fit learns from.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(C=DEFAULT_C, max_iter=MAX_ITERATIONS))
-    fewest = int(np.unique(labels, return_counts=True)[1].min())
-    with warnings.catch_warnings():
+    per_class = np.unique(labels, return_counts=True)[1]
+    fewest = int(per_class.min())
+    # Threads that wait for each other take most of the time of small products.
+    threads = 1 if features.size * len(per_class) < MIN_THREADED_PRODUCTS else None
+    with warnings.catch_warnings(), threadpool_limits(threads, user_api="blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the caller counts these
         if fewest < 2:
             return model.fit(features, labels)
@@ -73,16 +79,20 @@ def regress(
 
 def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n"]:
     """Draw images of every class, or a share of each, sorted; `UsageError` if a class has too few."""
+    of_all = len(source.class_names)
     if shots.per_class is not None:
-        return draw_per_class(source, shots.per_class, seed)
+        drawn = draw_per_class(source, shots.per_class, seed)
+        if missing := _missing_classes(source, drawn):
+            what = f"no image of {len(missing)} of its {of_all} classes ({named(missing, 3)})"
+            raise UsageError(f"{source.spec!r} has {what}; use images of every class")
+        return drawn
     assert shots.share is not None
     part = f"{100 * shots.share:g}%"
     drawn = split(source, {part: shots.share}, seed, stratify=True)[part]
-    missing = _missing_classes(source, drawn)
-    if missing:
+    if missing := _missing_classes(source, drawn):
         raise UsageError(
-            f"{part} of {source.spec} leaves {len(missing)} of its {len(source.class_names)} classes without "
-            f"an image ({named(missing, 3)}); use a larger share, or images of every class, such as 1"
+            f"{part} of {source.spec} leaves {len(missing)} of its {of_all} classes without an image "
+            f"({named(missing, 3)}); use a larger share, or images of every class, such as 1"
         )
     return drawn
 
@@ -113,7 +123,8 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
         try:
             draws[text] = [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds]
         except UsageError as error:
-            most = "" if "%" in text else f" (--shots {np.bincount(train.labels).min()})"
+            fewest = np.bincount(train.labels).min()
+            most = "" if "%" in text or not fewest else f" (--shots {fewest})"
             lacking.append(f"Labels {text} not measured: {error}{most}")
     if not draws:
         raise TooFewImagesError("; ".join(lacking))

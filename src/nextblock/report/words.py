@@ -19,6 +19,9 @@ from nextblock.visualize.words import BASELINE_WORDS
 if TYPE_CHECKING:
     from rich.console import Group
 
+LONG_SOURCE = 20
+"""Letters from which a source that all results have is named below the table of the terminal."""
+
 
 def distinguished(*runs: Sequence[Measured]) -> list[list[Measured]]:
     """Drop the labels if all results have the same, and the file if something else differs."""
@@ -162,7 +165,12 @@ def report_table(summary: RunSummary) -> Group:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = results_table(summary.results).rich()
+    shown = results_table(summary.results)
+    places = {one.on for one in summary.results}
+    below = None
+    if len(places) == 1 and len(place := places.pop()) > LONG_SOURCE:
+        below, shown = place, shown._replace(columns=[one for one in shown.columns if one.key != "on"])
+    table = shown.rich()
     table.box = None
     # A long source folds, so that the numbers of all encoders stay visible.
     for column in table.columns[1 : -len({one.encoder for one in summary.results})]:
@@ -170,7 +178,7 @@ def report_table(summary: RunSummary) -> Group:
     grid = RichTable(box=None, pad_edge=False, show_header=False)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in facts(summary):
+    for name, value in [*([("measured on", below)] if below else []), *facts(summary)]:
         grid.add_row(Text(name), Text(value))
     notes = [part for note in warnings(summary) for part in ("", Text(note, style="italic"))]
     title = Text(f"Report of {summary.run_dir}", style="bold")

@@ -300,6 +300,8 @@ class Learner(ABC):
         batch_size, group, saving = loader.batch_size, self.group, self.config.checkpoint
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
         moments = 8 * sum(p.numel() for p in self.model.parameters() if p.requires_grad)  # AdamW's two, fp32
+        gb = (weights + moments) / 1e9
+        size = f"{gb:,.1f} GB" if gb >= 1 else f"{1000 * gb:,.1f} MB"
         in_parts = f" (micro-batches of {micro})" if micro is not None and micro < batch_size else ""
         processes = f"{group.size} processes ({self.strategy}), each on " if group.size > 1 else ""
         parts, image = self.describe()
@@ -309,8 +311,7 @@ class Learner(ABC):
             f"{counted(images, 'image')}, batch {batch_size:,}{in_parts} -> "
             f"{counted(loader.steps_per_epoch, 'step')} an epoch, "
             f"{counted(total_steps, 'step')} in {counted(total_steps / loader.steps_per_epoch, 'epoch')}",
-            f"a checkpoint of {(weights + moments) / 1e6:,.1f} MB every {saving.every} in {checkpoints}, "
-            f"keeping the latest {saving.keep}",
+            f"a checkpoint of {size} every {saving.every} in {checkpoints}, keeping the latest {saving.keep}",
         ]
         return [*lines, f"resuming at step {self.step:,}"] if self.step else lines
 

@@ -218,12 +218,12 @@ class Reporter:
             self._busy_with = ""
 
     def measuring(self, what: str, done: int, total: int) -> None:
-        """Show how many of the images of a measurement are done, if it takes long."""
+        """Show how many of the images of a measurement are done, if all of them take long."""
         now_s = time.monotonic()
-        took_s = now_s - self._work_began_s
-        if took_s < LINE_EVERY_S or not done:
+        left_s = (now_s - self._work_began_s) / max(1, done) * (total - done)
+        if now_s - self._work_began_s + left_s < LINE_EVERY_S or not done:
             return
-        left = clock(took_s / done * (total - done))
+        left = clock(left_s)
         text = f"measuring {what} · {done:,} of {total:,} images · {left} left"
         if self._bar is not None:
             self._bar.update(self._task, text=text)
@@ -249,16 +249,18 @@ class Reporter:
         self._try(self.console.print, text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def finishing(self) -> str:
-        """Current work and its remaining time; shown on the first Ctrl-C, called from another thread."""
+        """What ends now and what is saved; shown on the first Ctrl-C, called from another thread."""
+        saved = "then the run is saved"
         if self._busy_with:
-            return f"finishing {self._busy_with}" + ("" if self._done else " (no finished step to save yet)")
+            return f"finishing {self._busy_with}; {saved if self._done else 'there is no step to save yet'}"
         step = f"finishing step {math.floor(self._done) + 1}"
         done, now_s = self._done - self._first, time.monotonic()
         if done <= 0:
-            return f"{step} (its duration is not known yet; {clock(now_s - self._began_s)} so far)"
+            so_far = clock(now_s - self._began_s)
+            return f"{step} (its duration is not known yet; {so_far} so far); {saved}"
         # A mean step, less the time that this one has taken already.
         a_step_s = (now_s - self._began_s) / done
-        return f"{step}, about {clock(max(1.0, a_step_s - (now_s - self._step_began_s)))}"
+        return f"{step}, about {clock(max(1.0, a_step_s - (now_s - self._step_began_s)))}; {saved}"
 
     def _show(self, *, is_last: bool = False) -> None:
         now_s, done = time.monotonic(), self._done - self._first

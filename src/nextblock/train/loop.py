@@ -227,7 +227,9 @@ def train(
                 lines = [] if starts_over else run.read_metrics(trainer.step or -1)
                 at_checkpoint = checkpoints(run.checkpoints)
                 for line in lines:
-                    latest |= {name: value for name, value in line.items() if isinstance(value, int | float)}
+                    if line["step"]:
+                        numbers = {name: x for name, x in line.items() if isinstance(x, int | float)}
+                        latest |= numbers
                     stopping.add(line["step"], line)
                     # checkpoint.keep_best may be new to this run: only steps with a checkpoint can be kept.
                     if line["step"] in at_checkpoint:
@@ -319,7 +321,8 @@ def train(
             if metrics is not None:
                 run.check_present()
                 metrics.write(kind, trainer.step, values)
-            latest.update({name: value for name, value in values.items() if math.isfinite(value)})
+            if trainer.step:  # the untrained encoder's values would look like the run's
+                latest.update({name: value for name, value in values.items() if math.isfinite(value)})
 
         def validate(val: Source) -> None:
             """Measure the validation loss; give up if the run is asked to stop meanwhile."""

@@ -172,7 +172,7 @@ forwards it."""
 
 @contextmanager
 def stop_on_signals(
-    doing: Callable[[], str] = lambda: "finishing this step", *, is_quiet: bool = False
+    doing: Callable[[], str] = lambda: "finishing this step; then the run is saved", *, is_quiet: bool = False
 ) -> Iterator[StopRequest]:
     """Record a stop signal instead of exiting; a second signal ends the process within seconds.
 
@@ -228,7 +228,7 @@ def _watch(
                 first_s = time.monotonic()
                 request.signal = request.signal or signal.Signals(number)
                 if doing is not None:
-                    _say(f"{name}: {doing()}; then the run is saved. Again: stop at once, unsaved")
+                    _say(f"{name}: {doing()}. Again: stop at once, unsaved")
             elif time.monotonic() - first_s > ONE_REQUEST_S:
                 # No exception reaches a main thread that is inside a kernel, so exit here. Files that it was
                 # writing have temporary names. Workers would survive for seconds, so they are killed.

@@ -214,10 +214,11 @@ def coloured(
 
 
 def shortened(name: str, letters: int) -> str:
-    """Shorten a name in its middle, and replace letters that the font lacks by question marks."""
+    """Shorten a name in its middle, an absolute path at its beginning; other fonts' letters are ?."""
     font = get_font(findfont("DejaVu Sans"))
     drawable = "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in name)
     if len(drawable) <= letters:
         return drawable
-    head = (letters - 1) // 2
+    # The first folders of an absolute path are the same for all images.
+    head = 0 if name.startswith("/") else (letters - 1) // 2
     return drawable[:head] + "…" + drawable[len(drawable) - (letters - 1 - head) :]
