@@ -16,6 +16,8 @@ import yaml
 
 import nextblock
 from nextblock.cli import main
+from nextblock.errors import UsageError
+from nextblock.launch import World
 from nextblock.logs import quote
 from nextblock.presets import PRESETS
 from tiny_runs import (
@@ -107,6 +109,18 @@ def test_an_unforeseen_error_and_ctrl_c_are_one_line(tiny, monkeypatch, error, c
 
     monkeypatch.setattr("nextblock.pretraining._monitors", broken)
     assert message in refused(tiny(), code=code)
+
+
+def test_an_error_of_one_process_is_told_by_it_and_a_mistake_by_the_first_of_its_host(monkeypatch, capsys):
+    monkeypatch.setattr("nextblock.cli.find_world", lambda: World(rank=1, size=2, local_rank=1))
+    for error, told in (FileNotFoundError(2, "No such file or directory", "x.tar"), 1), (UsageError("no"), 0):
+
+        def broken(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("nextblock.cli.data.sample", broken)
+        code, _, err = call_cli(capsys, "data", "sample")
+        assert (code, err.count("rank 1 on"), err.count("x.tar")) == (2, told, told)
 
 
 @pytest.mark.parametrize("words", ["--help", "doctor é --json --workers 0 --out r.json"])

@@ -139,7 +139,7 @@ def test_of_many_that_write_a_list_at_once_one_does(digits, tmp_path):
         (f"# of: digits\n{10**30}\n", "the list names image 9223372036854775807, but 'digits' has 1797"),
         ("# of: digits\n5\n5\n", "the list names an image twice"),
         ("# of: digits\n# fingerprint: other\n5\n", "'digits' is not what the list was drawn from"),
-        ("# of: subset:again.txt\n0\n", "the list 'few.txt' names itself as its source; draw it again"),
+        ("# of: subset:again.txt\n0\n", "the list 'few.txt' is its own source, perhaps through others; draw"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(tmp_path, monkeypatch, text, message):

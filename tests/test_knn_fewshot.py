@@ -269,11 +269,18 @@ def test_leads_compare_equal_settings_and_baselines_that_are_as_good_are_named()
         ("fewshot", {"shots": ("13",)}, r"\(--shots 12\)"),
         ("fewshot", {"shots": ("2%",)}, "2% of toy-0 leaves 3 of its 4 classes without an image"),
         ("fewshot", {"shots": ("0.1%",)}, "no image of 'toy-0' is left for 0.1%; give larger shares"),
+        (
+            "fewshot",
+            {"train": "some"},
+            r"of 1 of its 4 classes \(d\); use images of every class$",
+        ),
+        ("fewshot", {"train": "some", "shots": ("50%",)}, "no image of 1 of its 4 classes"),
         ("fewshot", {"train": "holes"}, r"labels 1: no drawn image of 1 class of holes is readable \(b\)"),
     ],
 )
 def test_settings_that_cannot_be_and_too_few_images_are_refused(run, verb, changes, message):
-    run.sources |= {"one": ToySource(2, bad={0}), "holes": ToySource(8, bad={1, 5})}
+    run.sources |= {"one": ToySource(2, bad={0}), "holes": ToySource(8, bad={1, 5}), "some": ToySource(8)}
+    run.sources["some"].toy_labels = np.arange(8) % 3
     usual = {"knn": {}, "fewshot": {"test": "toy-1", "shots": ("1",), "draws": 1, "baselines": False}}
     with pytest.raises(UsageError, match=message):
         run(verb, **{"train": "toy-0", **usual[verb], **changes})

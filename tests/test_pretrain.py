@@ -54,6 +54,7 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
     reporter = Quiet()
     pretrain(tmp_path, reporter, {"monitor.knn_every": "1ep"})
     assert any("knn/top1" in line for line in metrics(tmp_path / "my run", "monitor")) == (reason is None)
+    assert any("--test" in note for note in reporter.notes) == (train == val != ".")
     told = [note for note in reporter.notes if "kNN is not measured" in note]
     assert len(told) == (reason is not None)
     assert not told or told[0].endswith(reason)

@@ -110,16 +110,16 @@ def test_what_is_being_finished_is_told_with_about_how_long_it_takes():
     reporter._began_s -= 40
     reporter.update(TICK._replace(step=4))
     assert reporter.finishing() == f"finishing step 5, about 10 s{saved}"
-    with reporter.busy("the validation"):
+    with reporter.busy("the validation", 4):
         assert reporter.finishing() == f"finishing the validation{saved}"
     assert reporter.finishing() == f"finishing step 5, about 10 s{saved}"
-    with (reporter := Reporter(console())).busy("the monitors"):
+    with (reporter := Reporter(console())).busy("the monitors", 0):
         assert reporter.finishing() == "finishing the monitors; there is no step to save yet"
 
 
 def test_a_measurement_shows_its_progress_if_it_takes_long():
     reporter = Reporter(shown := console())
-    with reporter.busy("the monitors"):
+    with reporter.busy("the monitors", 0):
         reporter.measuring("features", 10, 10_000)
         reporter._work_began_s -= 20
         reporter.measuring("features", 2_000, 10_000)
@@ -128,7 +128,7 @@ def test_a_measurement_shows_its_progress_if_it_takes_long():
     reporter = Reporter(shown := console(is_terminal=True))
     with reporter:
         reporter.begin(0, 10)
-        with reporter.busy("the monitors"):
+        with reporter.busy("the monitors", 0):
             reporter._work_began_s -= 20
             reporter.measuring("features", 2_000, 10_000)
     assert "measuring features · 2,000 of 10,000 images" in written(shown)

@@ -130,7 +130,7 @@ def writing(target: Path) -> Iterator[None]:
             raise
         cause, how = str(error), "make room on the disk, or choose another place,"
         if isinstance(error, OSError) and error.errno in BAD_PATH:
-            how = "choose another place"
+            how = "choose another name or place"
         if isinstance(error, RuntimeError):  # torch reports a file position, not the cause
             place = next(path for path in target.absolute().parents if path.exists())
             free_mb = shutil.disk_usage(place).free // 1_000_000

@@ -236,7 +236,8 @@ def _conclusion(result: TrainResult, sources: dict[str, Source]) -> Iterator[str
     other = sources.get("val", sources["train"].parts[0])
     if sources["train"].has_labels:
         first = ["knn", "--model", run, "--train", spec]
-        first += ["--test", other.spec] if "val" in sources and other.has_labels else []
+        if "val" in sources and other.has_labels and not missing_classes(sources["train"], other):
+            first += ["--test", other.spec]
     else:
         first = ["embed", "--model", run, "--data", spec, "--out", f"{run}/features.parquet"]
     predict = ["predict", "--model", run, "--data", other.spec, "--out", f"{run}/predict"]

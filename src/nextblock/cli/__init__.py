@@ -70,11 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in rest and stopped_by is None:
             raise
         is_path = isinstance(error, OSError) and error.errno in BAD_PATH and error.filename is not None
-        code = USAGE_ERROR if is_path or isinstance(error, UsageError) else FAILURE
+        is_usage = isinstance(error, UsageError)
+        code = USAGE_ERROR if is_path or is_usage else FAILURE
         code = code if stopped_by is None else 128 + stopped_by
         is_on_all = getattr(error, "is_reported", False) or stopped_by is not None
         # Rank 0 prints errors that all ranks raise, the first rank of each host prints usage errors.
-        if world.rank and (is_on_all or (code == USAGE_ERROR and world.local_rank)):
+        if world.rank and (is_on_all or (is_usage and world.local_rank)):
             return code
         why = str(error)
         if isinstance(error, OSError) and is_path:

@@ -44,7 +44,9 @@ def write(text: str) -> None:
     """Print text as it is; the output may be closed, or its reader gone (`| head`)."""
     try:
         print(text, end="", flush=True)  # noqa: T201 - without rich, which takes long to import
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"nextblock: the output cannot be written: {error.strerror}\n")
         # As rich does. Python would flush again at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -150,14 +150,14 @@ def warn_of_absent_classes(place: str, source: Source, numbers: Numbers) -> None
 def write_subsets(source: Source, lists: Mapping[Path, Numbers]) -> list[str]:
     """Write lists of images, each whole or not at all; returns the specs that read them.
 
-    Raises `ValueError` if a different file of one's name exists, before anything is written.
+    Raises `ValueError` if one of the files exists with other content, before anything is written.
     """
     described = {path: _describe(path, source, numbers) for path, numbers in lists.items()}
     missing = {path: content for path, (content, _) in described.items() if not _is_written(path, content)}
-    for path, numbers in lists.items():
-        warn_of_absent_classes(text(os.fsencode(path)), source, numbers)
     for path, content in missing.items():
         _write_new(path, content)
+    for path, numbers in lists.items():
+        warn_of_absent_classes(text(os.fsencode(path)), source, numbers)
     return [spec for _, spec in described.values()]
 
 

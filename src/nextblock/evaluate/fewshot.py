@@ -80,12 +80,11 @@ def regress(
 def draw_shots(source: Source, shots: Shots, seed: int) -> Int64[np.ndarray, " n"]:
     """Draw images of every class, or a share of each, sorted; `UsageError` if a class has too few."""
     of_all = len(source.class_names)
+    if absent := _missing_classes(source, np.arange(len(source))):
+        what = f"no image of {len(absent)} of its {of_all} classes ({named(absent, 3)})"
+        raise UsageError(f"{source.spec!r} has {what}; use images of every class")
     if shots.per_class is not None:
-        drawn = draw_per_class(source, shots.per_class, seed)
-        if missing := _missing_classes(source, drawn):
-            what = f"no image of {len(missing)} of its {of_all} classes ({named(missing, 3)})"
-            raise UsageError(f"{source.spec!r} has {what}; use images of every class")
-        return drawn
+        return draw_per_class(source, shots.per_class, seed)
     assert shots.share is not None
     part = f"{100 * shots.share:g}%"
     drawn = split(source, {part: shots.share}, seed, stratify=True)[part]
@@ -123,7 +122,7 @@ def _measure(opened: Evaluation, config: FewshotSettings, sources: Mapping[str, 
         try:
             draws[text] = [draw_shots(train.source, Shots.parse(text), seed) for seed in seeds]
         except UsageError as error:
-            fewest = np.bincount(train.labels).min()
+            fewest = np.bincount(train.labels, minlength=len(train.source.class_names)).min()
             most = "" if "%" in text or not fewest else f" (--shots {fewest})"
             lacking.append(f"Labels {text} not measured: {error}{most}")
     if not draws:

@@ -155,6 +155,9 @@ def _place(dst: str | Path, to: Target) -> Path | None:
     # An existing empty directory is fine, but not for a file.
     taken = to == "onnx" or any(path.iterdir()) if path.is_dir() else path.exists()
     require(not taken, f"{path} exists already; name a new place, or remove it first")
+    # Checked before a model is loaded or downloaded, too.
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    require(above.is_dir(), f"{path} cannot be written: {above} is a file; choose another place")
     return path
 
 

@@ -209,9 +209,10 @@ class Reporter:
                 handler.setStream(sys.stderr)
 
     @contextmanager
-    def busy(self, work: str) -> Iterator[None]:
-        """Meanwhile, work other than a step is done, such as "the checkpoint of step 9"."""
+    def busy(self, work: str, step: int) -> Iterator[None]:
+        """Meanwhile, after `step`, other work is done, such as "the checkpoint of step 9"."""
         self._busy_with, self._work_began_s = work, time.monotonic()
+        self._done = float(step)
         try:
             yield
         finally:

@@ -227,9 +227,7 @@ def train(
                 lines = [] if starts_over else run.read_metrics(trainer.step or -1)
                 at_checkpoint = checkpoints(run.checkpoints)
                 for line in lines:
-                    if line["step"]:
-                        numbers = {name: x for name, x in line.items() if isinstance(x, int | float)}
-                        latest |= numbers
+                    latest |= {k: x for k, x in line.items() if line["step"] and isinstance(x, int | float)}
                     stopping.add(line["step"], line)
                     # checkpoint.keep_best may be new to this run: only steps with a checkpoint can be kept.
                     if line["step"] in at_checkpoint:
@@ -335,7 +333,7 @@ def train(
                     done += group.size * (len(batch.samples) + len(batch.bad))
                     reporter.measuring("the validation loss", min(done, len(val)), len(val))
 
-            with reporter.busy("a batch of the validation"):
+            with reporter.busy("a batch of the validation", trainer.step):
                 measured = trainer.validate(batches(), lambda: stop)
             if measured is None:
                 return interrupted.add("val")
@@ -358,7 +356,8 @@ def train(
             values: dict[str, float] = {}
             for monitor, every in zip(monitors, monitor_every, strict=True):
                 if at_start or is_time(every):
-                    with reporter.busy("a batch of the monitors"), trainer.evaluating() as model:
+                    work = reporter.busy("a batch of the monitors", trainer.step)
+                    with work, trainer.evaluating() as model:
                         values |= group.broadcast(monitor(model, event))
             if values and "monitor" not in interrupted:
                 record("monitor", values)
@@ -373,7 +372,7 @@ def train(
             weights = trainer.model.state_dict().values()
             if group.any(not all(local_part(tensor).isfinite().all() for tensor in weights)):
                 raise NonFiniteError(f"weights are not finite after step {trainer.step}. {remedy()}")
-            with reporter.busy(f"the checkpoint of step {trainer.step}"):
+            with reporter.busy(f"the checkpoint of step {trainer.step}", trainer.step):
                 with group.together():
                     if metrics is not None:
                         run.check_present()

@@ -214,7 +214,7 @@ def coloured(
 
 
 def shortened(name: str, letters: int) -> str:
-    """Shorten a name in its middle, an absolute path at its beginning; other fonts' letters are ?."""
+    """Shorten a name in its middle, an absolute path at its beginning; letters without a glyph become ?."""
     font = get_font(findfont("DejaVu Sans"))
     drawable = "".join(letter if font.get_char_index(ord(letter)) else "?" for letter in name)
     if len(drawable) <= letters:

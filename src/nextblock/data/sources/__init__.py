@@ -120,7 +120,7 @@ def _open_subset(spec: str, data: DataConfig, parents: tuple[Path, ...]) -> Subs
     if not path.is_file():
         raise UsageError(f"{spec!r}: there is no list {str(path.absolute())!r}; write subset:LIST.txt")
     if (resolved := path.resolve()) in parents:
-        raise UsageError(f"the list {str(path)!r} names itself as its source; draw it again")
+        raise UsageError(f"the list {str(path)!r} is its own source, perhaps through others; draw it again")
     # Lines of the head are "# key: value"; the first describes the file, and its key is ignored.
     head: dict[str, str] = {}
     numbers = []
