@@ -137,7 +137,13 @@ def test_interrupted_packing_ends_with_the_same_bytes(folder, tmp_path, tile_px,
             packed(folder, tmp_path / "cut", shard_mb=SMALL, tile_px=tile_px)
         except (ArithmeticError, WriteError) as error:
             told.append(str(error))
+            if shards(tmp_path / "cut"):
+                open_source(str(tmp_path / "cut"), DATA)
     assert len(told) > 2
+    assert "cut lacks images: `data pack` was interrupted; the same command continues it" in caplog.text
+    caplog.clear()
+    open_source(str(tmp_path / "cut"), DATA)
+    assert "interrupted" not in caplog.text
     if is_full:
         assert all("No space left" in one and "run the same command again" in one for one in told)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")

@@ -60,6 +60,20 @@ def test_knn_is_measured_on_common_classes_or_the_reason_is_told_once(tmp_path, 
     assert not told or told[0].endswith(reason)
 
 
+def test_measurements_tell_how_far_they_are_and_the_untrained_encoder_is_not_beside_the_loss(tmp_path):
+    for name in ("train", "val"):
+        write_classes(tmp_path / name, "cat dog")
+    images = {name: len(list((tmp_path / name).rglob("*.png"))) for name in ("train", "val")}
+    pretrain(tmp_path, reporter := Quiet(), {"monitor.knn_every": "2st"})
+    first, _, third, *_ = reporter.ticks
+    assert metrics(tmp_path / "my run", "monitor")[0]["step"] == 0
+    assert "knn/top1" not in first.latest
+    assert "knn/top1" in third.latest
+    together = sum(images.values())
+    assert ("features", together, together) in reporter.measured
+    assert ("the validation loss", images["val"], images["val"]) in reporter.measured
+
+
 def test_a_complete_run_ends_with_its_losses_and_commands_that_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nextblock.train.trainer.Trainer.reference_losses", lambda *_: {"zero": 9.0})
     folder, reporter = tmp_path / "my images", Quiet()

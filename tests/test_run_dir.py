@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_and_no_directory_is_left(tmp_path, monkeypatch, is_
     monkeypatch.setattr(atomic, "mark_output", full)
     if not is_new:
         (tmp_path / "out").mkdir()
-    told = r"could not make the directory .*out: No space left on device; make room"
+    told = r"could not make or write the directory .*out: No space left on device; make room"
     with pytest.raises(WriteError, match=told), exclusive(tmp_path / "out"):
         pass
     assert (tmp_path / "out").exists() == (not is_new)

@@ -124,6 +124,7 @@ class Quiet(Reporter):
         self.notes: list[str] = []
         self.ticks: list[Tick] = []
         self.moves: list[tuple[int, float]] = []
+        self.measured: list[tuple[str, int, int]] = []
 
     def begin(self, step: int, total_steps: int) -> None:
         self.began_at = (step, total_steps)
@@ -133,6 +134,9 @@ class Quiet(Reporter):
 
     def update(self, tick: Tick) -> None:
         self.ticks.append(tick)
+
+    def measuring(self, what: str, done: int, total: int) -> None:
+        self.measured.append((what, done, total))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

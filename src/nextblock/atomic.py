@@ -59,7 +59,7 @@ def _unusable(directory: Path, error: OSError) -> Exception:
                 why = f"{place} is a file"
     if error.errno in (*BAD_PATH, errno.EEXIST):
         return UsageError(f"cannot make or write the directory {directory}: {why}; choose another place")
-    return WriteError(f"could not make the directory {directory}: {why}; make room, or choose another")
+    return WriteError(f"could not make or write the directory {directory}: {why}; make room on the disk")
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def quote(word: str) -> str:
 def counted(count: float, noun: str, plural: str = "") -> str:
     """Format a number with its noun: "1 image", "1,797 images"; give `plural` if adding s is wrong."""
     is_short = isinstance(count, float) and count < 1e4
-    number = f"{count:,.4g}" if is_short else f"{count:,.0f}"
+    number = f"{count:,.4g}" if is_short else f"{round(count):,}"
     return f"{number} {noun if count == 1 else plural or f'{noun}s'}"
 
 
